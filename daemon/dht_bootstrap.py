@@ -125,10 +125,7 @@ async def resolve(entry: Endpoint, family: socket.AddressFamily) -> list[Address
 
 
 def _look_up(host: str, family: int, flags: int = 0) -> list[str]:
-    try:
-        return [str(info[4][0]) for info in socket.getaddrinfo(host, None, family, socket.SOCK_DGRAM, flags=flags)]
-    except UnicodeError as error:
-        raise OSError("not a host name") from error
+    return [str(info[4][0]) for info in socket.getaddrinfo(host, None, family, socket.SOCK_DGRAM, flags=flags)]
 
 
 async def _in_thread(look_up: Callable[[], list[str]]) -> list[str]:

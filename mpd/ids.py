@@ -7,6 +7,7 @@ node id, so 160 bits is not a choice of ours. People see 32 lower-case base32 ch
 import base64
 import hashlib
 import ipaddress
+import re
 from dataclasses import dataclass
 from typing import NewType
 
@@ -14,9 +15,15 @@ from mpd.errors import LocalError
 
 PEER_ID_BYTES = 20
 ROUND_ID_BYTES = 16
+MAX_HOST_CHARS = 253
 
 PeerId = NewType("PeerId", bytes)
 RoundId = NewType("RoundId", bytes)
+
+_LABEL = "[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+_HOSTNAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?", re.IGNORECASE | re.ASCII)
+_ZONE = re.compile("[a-z0-9_.-]{1,15}", re.IGNORECASE | re.ASCII)
+_PORT = re.compile("[0-9]{1,5}", re.ASCII)
 
 
 def peer_id_of(public_key: bytes) -> PeerId:
@@ -36,25 +43,20 @@ def show_peer(peer: bytes) -> str:
     return base64.b32encode(peer).decode("ascii").lower()
 
 
-def parse_peer(text: str) -> PeerId:
-    """Return the id that `show_peer` printed as `text`. Raises ValueError on anything else."""
-    try:
-        raw = base64.b32decode(text.strip().upper())
-    except ValueError as error:
-        raise ValueError(f"{text!r} is not a peer id: 32 base32 characters expected") from error
-    return peer_id(raw)
-
 
 @dataclass(frozen=True, slots=True, order=True)
 class Endpoint:
-    """A host (name or numeric address, no brackets) and a port from 0 to 65535."""
+    """A host (name or numeric address, no brackets) and a port from 0 to 65535. Raises ValueError for anything else.
+
+    Hosts come from peers too and go to resolvers, logs and terminals, so the characters of a name are the classic ones.
+    """
 
     host: str
     port: int
 
     def __post_init__(self) -> None:
-        if not self.host or any(c.isspace() for c in self.host):
-            raise ValueError(f"{self.host!r} is not a host")
+        if not _is_host(self.host):
+            raise ValueError(f"{self.host[:64]!r} is not a host: a name or an address expected")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"{self.port} is not a port: 0 to 65535 expected")
 
@@ -80,13 +82,26 @@ class Endpoint:
 
 def parse_endpoint(text: str, default_port: int | None = None) -> Endpoint:
     """Parse `host:port`, `[v6]:port`, or a bare host where there is a `default_port`. Raises LocalError."""
-    host, colon, port = text.strip().rpartition(":")
-    if not colon or "]" in port or (host.count(":") and not host.startswith("[")):
-        host, port = text.strip(), ""
-    host = host.removeprefix("[").removesuffix("]")
-    if not port and default_port is not None:
-        port = str(default_port)
+    host, colon, port = text.rpartition(":")
+    if not colon or port.endswith("]") or (":" in host and not host.endswith("]")):
+        host, port = text, "" if default_port is None else str(default_port)
+    if host.startswith("[") and host.endswith("]") and ":" in host:
+        host = host[1:-1]
     try:
+        if not _PORT.fullmatch(port):
+            raise ValueError(f"{port!r} is not a port")
         return Endpoint(host, int(port))
     except ValueError as error:
         raise LocalError(f"{text!r} is not an address: HOST:PORT expected, for example 192.0.2.7:4747") from error
+
+
+def _is_host(text: str) -> bool:
+    if len(text) > MAX_HOST_CHARS:
+        return False
+    address, percent, zone = text.partition("%")
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        # All digits and dots would be an address, and is none: resolvers read 1.2.3 and 1234 in surprising ways.
+        return bool(_HOSTNAME.fullmatch(text)) and not text.replace(".", "").isdigit()
+    return not percent or (":" in address and bool(_ZONE.fullmatch(zone)) and ".." not in zone)
