@@ -1,0 +1,91 @@
+"""From the tickets of those who joined to the `Begin` of their round: seats, weights, shards and durations.
+
+The leader computes all of it once and the members take it as it is. What a ticket claims cannot be checked here, only
+bounded; who does not fit is left out and named, so that one bad ticket does not cost the others their round.
+"""
+
+import random
+
+from mpd.errors import RoundFailed
+from mpd.grid import Shape, axis_of, line_of, on_grid, seating
+from mpd.ids import ROUND_ID_BYTES, PeerId
+from mpd.mass import shares
+from mpd.messages import Begin, Join, Member
+from mpd.schedule import chunk_bytes_for, fractions
+
+MAX_LEFT_OUT = 1024
+MAX_BANDWIDTH = 1e12  # bytes per second; above any link, and no sum of these overflows
+
+
+def compose_begin(
+    members: tuple[tuple[PeerId, Join], ...],
+    left_out: dict[PeerId, str],
+    *,
+    shape: Shape,
+    exact: bool,
+    rng: random.Random,
+    progress_s: float,
+    payload_bytes: int,
+) -> Begin:
+    """Return the `Begin` of a group.
+
+    Args:
+        members: each member's ticket, the leader first; its run, slot, terms, epoch and number count.
+        left_out: announced peers that are not members, and why. If there are any, a second leader may be closing a
+            second group with them, so the result cannot be certified.
+        shape: cells per axis of the run's grid.
+        exact: whether mass moves within a cycle (see mpd/mass.py).
+        rng: source of the round id; `random.SystemRandom()` outside tests.
+        progress_s: how long a member may deliver nothing while others wait for it.
+        payload_bytes: size of the vector.
+
+    A ticket that does not stand on the leader's line is left out. Raises RoundFailed if fewer than two members remain,
+    if nobody among them can reduce, or if nobody's weight counts.
+    """
+    leader = members[0][1]
+    fitting = {peer: ticket for peer, ticket in members if _same_line(ticket, leader, shape)}
+    strays = {peer: "stands on another line of the grid" for peer, _ in members if peer not in fitting}
+    left_out = left_out | strays
+    if len(fitting) < 2:
+        raise RoundFailed("nobody who joined stands on our line of the grid")
+    round_id = rng.randbytes(ROUND_ID_BYTES)
+    peers = seating(fitting, round_id)
+    tickets = [fitting[PeerId(peer)] for peer in peers]
+    split = fractions(_bandwidths(tickets))
+    share = shares([ticket.standing for ticket in tickets], leader.number, shape, exact)
+    if sum(share.weights) <= 0:
+        raise RoundFailed("nobody in the group brings any weight into this round")
+    return Begin(
+        round_id=round_id,
+        run=leader.run,
+        slot=leader.slot,
+        digest=leader.digest,
+        epoch=leader.epoch,
+        number=leader.number,
+        members=tuple(
+            Member(peer, ticket.host, ticket.port, ticket.inbound, weight, heads, fraction)
+            for peer, ticket, weight, heads, fraction in zip(
+                peers, tickets, share.weights, share.heads, split, strict=True
+            )
+        ),
+        whole=share.whole and not left_out,
+        chunk_bytes=chunk_bytes_for(payload_bytes, len(peers)),
+        timeout_s=min(ticket.time_left_s for ticket in tickets),
+        progress_s=progress_s,
+        left_out={bytes(peer): why for peer, why in list(left_out.items())[:MAX_LEFT_OUT]},
+    )
+
+
+def _same_line(ticket: Join, leader: Join, shape: Shape) -> bool:
+    axis = axis_of(leader.number, shape)
+    cell, place = ticket.standing.cell, leader.standing.cell
+    return on_grid(cell, shape) and line_of(cell, axis) == line_of(place, axis)
+
+
+def _bandwidths(tickets: list[Join]) -> list[float]:
+    """Return what each member can reduce with; who has measured nothing yet counts as the mean of those who have."""
+    if not any(ticket.inbound for ticket in tickets):
+        raise RoundFailed("nobody in the group accepts connections, so nobody can reduce")
+    measured = [min(ticket.bandwidth, MAX_BANDWIDTH) for ticket in tickets if ticket.inbound and ticket.bandwidth > 0]
+    mean = sum(measured) / len(measured) if measured else 1.0
+    return [min(ticket.bandwidth, MAX_BANDWIDTH) or mean if ticket.inbound else 0.0 for ticket in tickets]

@@ -1,0 +1,114 @@
+"""From tickets to a `Begin`: seats, shares, shards, durations, and tickets that lie."""
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from sim.slot_sim import DIGEST, NUMBER, SLOT, peer, ticket
+
+from mpd.errors import PeerError, RoundFailed
+from mpd.grid import seating
+from mpd.grouping import MAX_BANDWIDTH, MAX_LEFT_OUT, compose_begin
+from mpd.ids import PeerId
+from mpd.mass import Standing, enter
+from mpd.messages import PEERS, Begin, Join
+
+Tickets = dict[PeerId, Join]
+
+
+def tickets(*joins: Join) -> Tickets:
+    return {peer(i): join for i, join in enumerate(joins)}
+
+
+def compose(joined: Tickets, left_out: dict[PeerId, str] | None = None, seed: int = 1, **options: Any) -> Begin:
+    plan: dict[str, Any] = {"shape": (1,), "exact": True, "progress_s": 2.0, "payload_bytes": 64 << 20} | options
+    return compose_begin(tuple(joined.items()), left_out or {}, rng=random.Random(seed), **plan)
+
+
+def test_a_begin_says_what_the_tickets_said() -> None:
+    begin = compose(tickets(*(ticket(i, standing=enter(float(i + 1), (0,)), time_left_s=30.0 - i) for i in range(4))))
+    assert (begin.slot, begin.digest, begin.epoch, begin.number) == (SLOT, DIGEST, 1, NUMBER)
+    assert {(m.peer, m.weight, m.heads) for m in begin.members} == {(peer(i), i + 1.0, 1.0) for i in range(4)}
+    assert [m.fraction for m in begin.members] == pytest.approx([0.25] * 4)
+    assert (begin.whole, begin.left_out, begin.timeout_s, begin.progress_s) == (True, {}, 27.0, 2.0)
+    assert begin.chunk_bytes == 1 << 20
+    assert PEERS.decode(PEERS.encode(begin)) == begin
+
+
+def test_seats_are_drawn_by_the_round_id() -> None:
+    joined = tickets(*(ticket(i) for i in range(8)))
+    begins = [compose(joined, seed=seed) for seed in range(5)]
+    for begin in begins:
+        assert tuple(m.peer for m in begin.members) == seating(joined, begin.round_id)
+    assert len({tuple(m.peer for m in begin.members) for begin in begins}) == 5
+
+
+def test_whoever_is_left_out_costs_the_certificate() -> None:
+    joined = tickets(ticket(0), ticket(1))
+    assert compose(joined).whole
+    begin = compose(joined, {peer(9): "its link broke"})
+    assert not begin.whole
+    assert begin.left_out == {peer(9): "its link broke"}
+
+
+def test_shards_follow_bandwidth_and_the_unmeasured_count_as_the_mean() -> None:
+    joined = tickets(
+        ticket(0, bandwidth=100.0), ticket(1, bandwidth=200.0), ticket(2), ticket(3, inbound=False, bandwidth=900.0)
+    )
+    begin = compose(joined)
+    by_peer = {m.peer: m.fraction for m in begin.members}
+    assert by_peer[peer(3)] == 0
+    assert by_peer[peer(0)] < by_peer[peer(2)] < by_peer[peer(1)]
+    assert by_peer[peer(2)] == pytest.approx(1 / 3)
+
+
+def test_a_boast_is_bounded() -> None:
+    begin = compose(tickets(ticket(0, bandwidth=MAX_BANDWIDTH), *(ticket(i, bandwidth=1e308) for i in range(1, 20))))
+    assert [m.fraction for m in begin.members] == pytest.approx([0.05] * 20)
+
+
+def test_a_ticket_from_another_line_costs_only_its_owner() -> None:
+    cells = [(1, 0), (1, 2), (0, 1), (1, 5), (1,)]
+    joined = tickets(*(ticket(i, number=1, standing=enter(1.0, cell)) for i, cell in enumerate(cells)))
+    begin = compose(joined, shape=(3, 3), exact=False)
+    assert {m.peer for m in begin.members} == {peer(0), peer(1)}
+    assert set(begin.left_out) == {peer(2), peer(3), peer(4)}
+    assert not begin.whole
+
+
+def test_mass_inside_a_cycle_counts_each_cell_once() -> None:
+    claims = [Standing(6.0, 2.0, b"a" * 16, 0, True, (0, 0))] * 2 + [Standing(4.0, 1.0, b"b" * 16, 0, True, (0, 1))]
+    begin = compose(tickets(*(ticket(i, number=1, standing=claim) for i, claim in enumerate(claims))), shape=(2, 2))
+    assert {m.peer: (m.weight, m.heads) for m in begin.members} == {
+        peer(0): (3.0, 1.0),
+        peer(1): (3.0, 1.0),
+        peer(2): (4.0, 1.0),
+    }
+    assert begin.whole
+
+
+@pytest.mark.parametrize(
+    ("joined", "reason"),
+    [
+        (tickets(ticket(0), ticket(1, standing=enter(1.0, (3,)))), "our line"),
+        (tickets(ticket(0, inbound=False), ticket(1, inbound=False)), "accepts connections"),
+        (tickets(ticket(0, standing=enter(0.0, (0,))), ticket(1, standing=enter(0.0, (0,)))), "any weight"),
+    ],
+)
+def test_a_round_that_makes_no_sense_fails_with_its_reason(joined: Tickets, reason: str) -> None:
+    with pytest.raises(RoundFailed, match=reason):
+        compose(joined)
+
+
+def test_more_left_out_than_a_message_takes_are_not_all_named() -> None:
+    absent = {PeerId(i.to_bytes(20, "big")): "late" for i in range(MAX_LEFT_OUT + 5)}
+    assert len(compose(tickets(ticket(0), ticket(1)), absent).left_out) == MAX_LEFT_OUT
+
+
+def test_a_ticket_off_the_wire_composes_or_is_refused() -> None:
+    wild = replace(ticket(1), bandwidth=5e-324, time_left_s=1e-300, standing=enter(1e30, (0,)))
+    begin = compose(tickets(ticket(0, standing=enter(1e30, (0,))), PEERS.decode(PEERS.encode(wild))))
+    assert begin.timeout_s == 1e-300
+    with pytest.raises(PeerError):
+        PEERS.decode(PEERS.encode(ticket(1)).replace(b"slot", b"slut"))
