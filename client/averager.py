@@ -1,0 +1,284 @@
+"""What a training loop holds: an averager for its tensors, and a pending step while it trains on.
+
+Strategy: one step at a time, and everything that can be wrong is found before anything is sent. The result touches the
+tensors only once it is complete; whatever fails before that leaves them alone. A connection that is in doubt (the
+daemon died, somebody pressed Ctrl-C while waiting) is dropped, and the next step attaches anew: there is no state worth
+saving on it.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mpd import control
+from mpd.errors import DaemonUnavailable, LocalError, MpdError
+from mpd.layout import Layout
+
+from .attachment import Attachment
+from .outcome import Outcome, outcome_of
+from .tensors import Tensor
+from .writeback import Replace, Shift, WriteBack, run_to_end
+
+STEP_S = 60.0
+GRACE_S = 10.0  # the daemon ends a step by its timeout; if it is not heard of by then and a little, it hangs
+
+
+class Averager:
+    """Averages the same tensors again and again. Made by `Daemon.averager`; used by one thread and process."""
+
+    def __init__(
+        self,
+        path: Path,
+        request: control.Attach,
+        tensors: Sequence[Tensor],
+        weight: float,
+        adopt: bool,
+        check_finite: bool,
+    ) -> None:
+        self._path = path
+        self._request = request
+        self._tensors = tensors
+        self._weight = _positive("weight", weight)
+        self._adopt = adopt
+        self._check_finite = check_finite
+        self._layout = Layout(request.tensors)
+        self._pid = os.getpid()
+        self._seq = 0
+        self._pending: Pending | None = None
+        self._closed = False
+        if adopt:
+            for tensor in tensors:
+                tensor.ensure_adoptable()
+        self._attachment = self._attach()
+
+    def step(self, weight: float | None = None, timeout: float | None = None) -> Outcome:
+        """Average now: if the outcome is true, the tensors hold the average; if not, they are untouched.
+
+        weight: of our values in the average; timeout: the longest time the step may take, in seconds (60).
+        Raises LocalError if the tensors cannot be averaged, DaemonUnavailable if the daemon is gone.
+        """
+        pending = self._begin(weight, timeout, train_on=False)
+        try:
+            return pending.wait()
+        finally:
+            if self._pending:
+                self._drop()
+
+    def start(self, weight: float | None = None, timeout: float | None = None) -> "Pending":
+        """Begin to average the tensors as they are now, and return at once. Training may go on meanwhile.
+
+        Arguments and errors are those of `step`.
+        """
+        return self._begin(weight, timeout, train_on=True)
+
+    def close(self) -> None:
+        """Detach from the run. The tensors stay usable."""
+        self._closed = True
+        self._drop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin(self, weight: float | None, timeout: float | None, train_on: bool) -> "Pending":
+        self._ensure_usable()
+        weight_now = self._weight if weight is None else _positive("weight", weight)
+        timeout_s = STEP_S if timeout is None else _positive("timeout", timeout)
+        for tensor in self._tensors:
+            tensor.check()
+        if not self._attachment.is_open:
+            self._attachment.close()
+            self._attachment = self._attach()
+        if self._adopt:
+            self._ensure_adopted()
+        if self._check_finite:
+            self._ensure_finite()
+        self._seq += 1
+        try:
+            source, sent = self._hand_over(train_on)
+            self._pending = Pending(self, self._seq, timeout_s, sent if train_on else None)
+            self._attachment.send(control.Step(self._seq, weight_now, timeout_s, source))
+        except DaemonUnavailable as error:
+            raise self._lost(error) from error
+        except BaseException:
+            self._drop()
+            raise
+        return self._pending
+
+    def _hand_over(self, train_on: bool) -> tuple[str, Sequence[Any]]:
+        """Put the values where the daemon will read them; return the name of that region and its windows."""
+        if self._adopt and not train_on:
+            return "in", self._attachment.sent
+        source, windows = ("snapshot", self._attachment.snapshot()) if self._adopt else ("in", self._attachment.sent)
+        for tensor, window in zip(self._tensors, windows, strict=True):
+            tensor.store(window)
+        return source, windows
+
+    def _attach(self) -> Attachment:
+        attachment = Attachment(self._path, self._request, self._layout, self._tensors)
+        if self._adopt:
+            for tensor, window in zip(self._tensors, attachment.sent, strict=True):
+                tensor.adopt(window)
+        return attachment
+
+    def _ensure_usable(self) -> None:
+        self._ensure_own_process()
+        if self._closed:
+            raise LocalError("this averager is closed: open a new one")
+        if self._pending:
+            raise LocalError(f"step {self._pending.seq} is still running: wait() for it or cancel() it first")
+
+    def _ensure_own_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise LocalError(
+                f"this averager belongs to process {self._pid} and was used in its child {os.getpid()}: "
+                "call connect() after the fork"
+            )
+
+    def _ensure_adopted(self) -> None:
+        for tensor, window in zip(self._tensors, self._attachment.sent, strict=True):
+            if not tensor.lives_in(window):
+                raise LocalError(
+                    f"tensor {tensor.spec.name!r} has left the shared memory that it was adopted into (its .data was "
+                    "replaced): open a new averager for it"
+                )
+
+    def _ensure_finite(self) -> None:
+        for tensor in self._tensors:
+            if not tensor.is_finite():
+                raise LocalError(
+                    f"tensor {tensor.spec.name!r} holds NaN or infinity: nothing was sent (check_finite=False sends it)"
+                )
+
+    def _drop(self) -> None:
+        self._pending = None
+        self._attachment.close()
+
+    def _lost(self, error: DaemonUnavailable) -> DaemonUnavailable:
+        self._drop()
+        return DaemonUnavailable(
+            f"during step {self._seq} {error}. Parameters are unchanged, others may have averaged; "
+            "the next step reconnects"
+        )
+
+
+class Pending:
+    """A step under way. `wait` applies its result, once; until then nobody but the trainer touches the tensors."""
+
+    def __init__(self, averager: Averager, seq: int, timeout_s: float, snapshot: Sequence[Any] | None) -> None:
+        self.seq = seq
+        self._averager = averager
+        self._attachment = averager._attachment
+        self._snapshot = snapshot
+        self._deadline = time.monotonic() + timeout_s + GRACE_S
+        self._stepped: control.Stepped | None = None
+        self._write_back: WriteBack | None = None
+        self._result: Outcome | MpdError | None = None
+
+    def wait(self, timeout: float | None = None) -> Outcome:
+        """Wait for the end of the step, apply its result, and return the outcome; the same one every time.
+
+        What was trained since `start` survives: the tensors move by average minus snapshot.
+        Raises TimeoutError if the step has not ended after `timeout` seconds (wait again, or cancel), LocalError if
+        the tensors have changed shape meanwhile, DaemonUnavailable if the daemon is gone.
+        """
+        self._averager._ensure_own_process()
+        if not self._poll(math.inf if timeout is None else timeout):
+            raise TimeoutError(f"step {self.seq} has not ended within {timeout:g} s: wait again, or cancel() it")
+        result = self._apply() if self._result is None else self._result
+        if isinstance(result, MpdError):
+            raise result
+        return result
+
+    def done(self) -> bool:
+        """Return at once: True if `wait` would not have to wait."""
+        self._averager._ensure_own_process()
+        return self._poll(0)
+
+    def cancel(self) -> None:
+        """Give the step up and leave the tensors alone. Does nothing after `wait` has returned or raised an error."""
+        self._averager._ensure_own_process()
+        if not self._poll(0):
+            # That the daemon is gone is for the poll to notice.
+            with contextlib.suppress(DaemonUnavailable):
+                self._attachment.send(control.Cancel(self.seq))
+            self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
+            self._poll(math.inf)
+        if self._stepped is None or self._result is not None:
+            return
+        if self._write_back:  # an exception came between the end of a write-back and its outcome
+            self._apply()
+            return
+        reason = "cancelled after the others had averaged" if self._stepped.averaged else self._stepped.reason
+        self._end(Outcome(averaged=False, reason=reason))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def _poll(self, timeout_s: float) -> bool:
+        """Return True once the answer is in `_stepped`, or what came instead in `_result`."""
+        if self._result is None and self._averager._pending is not self:
+            # We have detached, so even a result that is announced already may be written over any moment.
+            self._result = LocalError(f"the averager was closed during step {self.seq}: its result is lost")
+        if self._stepped or self._result is not None:
+            return True
+        patience_s = max(0.0, self._deadline - time.monotonic())
+        try:
+            self._stepped = self._attachment.receive_stepped(min(timeout_s, patience_s))
+            if self._stepped is None:
+                if timeout_s < patience_s:
+                    return False
+                raise DaemonUnavailable("the daemon has not answered: it hangs or is overloaded; see its log")
+        except DaemonUnavailable as error:
+            self._result = self._averager._lost(error)
+        except LocalError as error:
+            self._averager._drop()
+            self._result = error
+        return True
+
+    def _apply(self) -> Outcome | MpdError:
+        """Bring the tensors up to date with the answer."""
+        assert self._stepped is not None
+        if not self._stepped.averaged:
+            return self._end(outcome_of(self._stepped))
+        tensors, average = self._averager._tensors, self._attachment.result
+        try:
+            for tensor in tensors:
+                tensor.check()
+        except LocalError as error:
+            return self._end(error)
+        if self._write_back is None:
+            before = self._snapshot
+            self._write_back = Replace(tensors, average) if before is None else Shift(tensors, average, before)
+        run_to_end(self._write_back)
+        return self._end(outcome_of(self._stepped))
+
+    def _end(self, result: Outcome | MpdError) -> Outcome | MpdError:
+        """The daemon may write the out region again, and the averager may take the next step."""
+        if self._stepped and self._stepped.averaged:
+            # The result is ours whether or not the daemon still hears this.
+            with contextlib.suppress(DaemonUnavailable):
+                self._attachment.send(control.Release(self.seq))
+        self._result = result
+        self._averager._pending = None
+        return result
+
+
+def _positive(what: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise LocalError(f"{what} is {value}: a positive finite number expected")
+    return float(value)
