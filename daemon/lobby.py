@@ -1,0 +1,442 @@
+"""From "my trainer asks" to BEGIN: this peer's place in a run, and the company it keeps there.
+
+A lobby stands in one slot at a time, with a `Matchmaker` that has not begun. It moves to the next slot as soon as a
+round begins, so that by the time a trainer asks again, everybody in the line is known, linked, and has been told who is
+here. Peers are found through the rendezvous and believed on links; a peer that could not be reached is forgotten until
+it speaks up or publishes something newer. On a grid of several axes rounds have numbers, and whoever finds that its line
+has gone on without it goes where most of the line is.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from mpd.config import RoundLimits
+from mpd.grid import Cell, ShapeRecord, axis_of, line_of, next_cell, slot, table
+from mpd.grouping import compose_begin
+from mpd.ids import Endpoint, PeerId, RoundId, show_peer
+from mpd.layout import Terms
+from mpd.mass import Standing
+from mpd.matchmaking import Alone, Begun, Matchmaker, Sighting
+from mpd.messages import MAX_ROUND_S, Begin, Declined, Here, Join, Quit, RunTerms
+from mpd.roll import MatchLimits
+
+from .contacts import Contacts
+from .links import Link
+from .peers import Peers
+from .rendezvous import Rendezvous
+from .roster import Roster, Seen
+from .strangers import Strangers
+
+_POLL_S = 0.15  # while a shape is awaited
+_MATCH_POLL_S = 0.3  # while company is awaited
+_SLOW_POLL_S = 1.0  # while nobody asks for anything
+_IDLE_POLL_S = 10.0  # once the run has its shape
+_FRESH_S = 10.0  # how long a new attachment polls fast
+_MAX_TIMER_S = 0.25
+_FAREWELL_S = 0.3  # how long taking announcements back may take
+
+
+@dataclass(frozen=True, slots=True)
+class LobbyServices:
+    """What every lobby of a daemon shares."""
+
+    own: PeerId
+    peers: Peers
+    rendezvous: Rendezvous
+    limits: RoundLimits
+    rng: random.Random
+    wall_ms: Callable[[], int]
+    refuse: Callable[[RoundId], None]  # a BEGIN came too late for us
+    warn: Callable[[str], None]
+
+
+@dataclass
+class _Post:
+    """This peer's stand in one slot."""
+
+    slot: bytes
+    number: int
+    matchmaker: Matchmaker
+    company: set[PeerId] = field(default_factory=set)
+    sought_at: float = float("-inf")
+    is_ready: bool = False
+    is_overtaken: bool = False  # nobody else is at this number, but others are at a later one
+
+
+class Lobby:
+    """This peer's place in the run `run`."""
+
+    def __init__(self, run: str, terms: Terms, services: LobbyServices) -> None:
+        self.run = run
+        self.terms = terms
+        self.record: ShapeRecord | None = None
+        self.cell: Cell = ()
+        self.last_cell: Cell = ()  # where the round that began last found us
+        self.number = 0
+        self.reason = "looking for other peers of this run"
+        self._services = services
+        self._contacts = Contacts(services.peers, self._on_absent)
+        self._roster = Roster(run, terms, services.own, services.rendezvous, services.limits, services.rng)
+        self._roster.is_live = self._contacts.is_live
+        self._strangers = Strangers(run, terms, self._contacts)
+        self._post: _Post | None = None
+        self._begun: _Post | None = None  # the slot of the group that began last
+        self._was_deserted = False  # the last step found that nobody else has announced the run
+        self._nudged = trio.Event()
+        self._changed = trio.Event()
+        self._wanted = 0
+
+    @property
+    def own(self) -> PeerId:
+        """This peer."""
+        return self._services.own
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Cells per axis, empty while the run has no shape."""
+        return self.record.shape if self.record is not None else ()
+
+    @property
+    def company(self) -> list[PeerId]:
+        """The peers known to stand in our line now, or in the roster while there is no line."""
+        return sorted(self._post.company if self._post is not None else self._roster.others)
+
+    @property
+    def differences(self) -> dict[PeerId, str]:
+        """Peers that use this run's name with other terms: the first difference."""
+        return self._strangers.differences
+
+    # ------------------------------------------------------------------------------------------------------- lifetime
+
+    async def serve(self) -> None:
+        """Keep this peer's place in the run until cancelled; then take it back from the rendezvous."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._contacts.nursery = nursery
+                await self._roster.announce(self._endpoint)
+                nursery.start_soon(self._watch_roster)
+                nursery.start_soon(self._watch_slot)
+        finally:
+            self._contacts.nursery = None
+            if self._post is not None:
+                self._post.matchmaker.cancel(trio.current_time(), "no trainer here takes part in the run any more")
+                self._pump(self._post)
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _FAREWELL_S):
+                await self._roster.withdraw()
+
+    async def _watch_roster(self) -> None:
+        """Find out who wants this run; settle its shape if it has none."""
+        fresh_until = trio.current_time() + _FRESH_S
+        while True:
+            await self._roster.read()
+            self._strangers.review(self._roster.strangers)
+            if self.record is None:
+                await self._settle_shape()
+            if self.record is not None:
+                await self._roster.keep_shape(self.record)
+                await trio.sleep(_IDLE_POLL_S)
+            else:
+                is_urgent = self._wanted or self._roster.others or trio.current_time() < fresh_until
+                await self._pause(_POLL_S if is_urgent else _SLOW_POLL_S)
+
+    async def _settle_shape(self) -> None:
+        for seen in self._roster.others.values():
+            self._contacts.note(seen)
+            self._contacts.call(seen.peer)
+        record = await self._roster.find_shape()
+        if record is not None:
+            self.cell, self.number = await self._roster.first_place(record)
+            self.record = record
+            self._stand(line_size=record.n_peers if len(record.shape) == 1 else None)
+
+    async def _watch_slot(self) -> None:
+        """Announce this peer where it stands, and look who else is there."""
+        while True:
+            post = self._post
+            if post is not None:
+                await self._roster.stand(post.slot, self._endpoint, post.number, self.cell)
+                now = trio.current_time()
+                if now - post.sought_at >= (_MATCH_POLL_S if post.is_ready else _IDLE_POLL_S):
+                    post.sought_at = now
+                    self._take_in(post, await self._roster.look(post.slot))
+            if post is self._post:
+                await self._pause(_MATCH_POLL_S if post is not None and post.is_ready else _SLOW_POLL_S)
+
+    def _take_in(self, post: _Post, found: list[Seen]) -> None:
+        """Make use of what the rendezvous shows. On a grid of several axes old records are of earlier rounds."""
+        if post is not self._post:
+            return
+        mates = [seen for seen in found if seen.place.digest == self.terms.digest]
+        for seen in mates:
+            if len(self.shape) == 1 or seen.place.number == post.number:
+                self._contacts.note(seen)
+                self._meet(post, seen.peer)
+        ahead = max((seen.place.number for seen in mates), default=0)
+        if len(self.shape) > 1 and ahead > post.number and not post.company:
+            post.is_overtaken = True
+            if post.is_ready:
+                post.matchmaker.cancel(trio.current_time(), f"our line has gone on to round {ahead}")
+            else:
+                self._go_to(ahead, self.cell)
+        self._pump(post)
+
+    async def _pause(self, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self._nudged.wait()
+
+    def _nudge(self) -> None:
+        """Let the watchers look again at once."""
+        self._nudged.set()
+        self._nudged = trio.Event()
+
+    def _change(self) -> None:
+        """Let `form` look again at once."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    # ------------------------------------------------------------------------------------------------- forming a group
+
+    async def form(self, standing: Callable[[Cell], Standing], deadline: float) -> Begun | Alone:
+        """Take part in the next round of the run; return the group, or why there is none.
+
+        `standing` is called with this peer's cell once it is known. Bounded by `deadline` and the window.
+        """
+        self._wanted += 1
+        self._nudge()
+        try:
+            if not await self._await_shape(deadline):
+                return self._alone(Alone(self.reason, {}))
+            verdict, post = await self._match(standing, deadline)
+            if post.is_overtaken:
+                verdict, post = await self._match(standing, deadline)
+        finally:
+            self._wanted -= 1
+        self._was_deserted = isinstance(verdict, Alone) and not post.company
+        return self._alone(verdict) if isinstance(verdict, Alone) else verdict
+
+    async def _await_shape(self, deadline: float) -> bool:
+        """Wait until the run has a shape: one window while nobody else is there, and not at all the second time."""
+        alone_until = min(deadline, trio.current_time() + self._services.limits.window_s)
+        while self.record is None:
+            now = trio.current_time()
+            if self._roster.others:
+                self._was_deserted = False
+                self.reason = "the peers of this run have not agreed on its shape yet"
+                if now >= deadline:
+                    return False
+            elif self._was_deserted or now >= alone_until:
+                self._was_deserted = True
+                self.reason = "nobody else has announced this run"
+                return False
+            with trio.move_on_at(min(deadline, now + _POLL_S)):
+                await self._changed.wait()
+        return True
+
+    async def _match(self, standing: Callable[[Cell], Standing], deadline: float) -> tuple[Begun | Alone, _Post]:
+        """Be ready in the slot where this peer stands, until that comes to an end."""
+        post = self._post
+        assert post is not None
+        machine = post.matchmaker
+        now = trio.current_time()
+        post.is_ready = True
+        if self._was_deserted and not post.company:
+            machine.cancel(now, "nobody else has announced this run")
+        else:
+            machine.on_ready(now, self._ticket(post, standing(self.cell), max(0.001, deadline - now)))
+        self._pump(post)
+        try:
+            while machine.verdict is None:
+                self.reason = machine.reason
+                latest = trio.current_time() + _MAX_TIMER_S
+                with trio.move_on_at(min(machine.wakeup if machine.wakeup is not None else latest, latest)):
+                    await self._changed.wait()
+                machine.on_tick(trio.current_time())
+                self._pump(post)
+        except trio.Cancelled:
+            self._take_back(post)
+            raise
+        self.reason = machine.reason
+        if isinstance(machine.verdict, Alone):
+            await self._stay()
+        return machine.verdict, post
+
+    def _take_back(self, post: _Post) -> None:
+        """The trainer does not want this any more."""
+        verdict = post.matchmaker.verdict
+        if isinstance(verdict, Begun):
+            self._services.refuse(RoundId(verdict.begin.round_id))
+            self.fall_back()
+        else:
+            post.matchmaker.cancel(trio.current_time(), "cancelled by the trainer")
+            self._stand()
+            self._pump(post)  # last, so that nobody waits for a peer that has just changed its mind
+
+    def _alone(self, verdict: Alone) -> Alone:
+        """Add what this peer knows beyond the slot."""
+        self.reason = verdict.reason
+        if self.differences and not verdict.missing:
+            peer, difference = next(iter(self.differences.items()))
+            self.reason += f"; {show_peer(peer)} uses other terms: {difference}"
+        awaited = dict.fromkeys(self._roster.others, self.reason) if self.record is None else {}
+        return Alone(self.reason, {**awaited, **self._contacts.absences, **self.differences, **verdict.missing})
+
+    def _ticket(self, post: _Post, standing: Standing, time_left_s: float) -> Join:
+        endpoint = self._endpoint
+        assert self.record is not None
+        return Join(
+            run=self.run,
+            slot=post.slot,
+            digest=self.terms.digest,
+            epoch=self.record.epoch,
+            number=post.number,
+            stamp=self._services.wall_ms(),
+            standing=standing,
+            host=endpoint.host if endpoint else "",
+            port=endpoint.port if endpoint else 0,
+            inbound=endpoint is not None and self._services.peers.is_reachable,
+            bandwidth=0.0,
+            time_left_s=min(time_left_s, MAX_ROUND_S),
+        )
+
+    # --------------------------------------------------------------------------------------------------- where we stand
+
+    def start_cycle(self) -> None:
+        """Stand where the next exact cycle begins: all peers of a run start it at the same phase."""
+        d = max(1, len(self.shape))
+        if self.number % d:
+            self._go_to(self.number + d - self.number % d, self.cell)
+
+    def fall_back(self) -> None:
+        """The round that began has failed here: our cell is still the old one."""
+        if self.cell != self.last_cell:
+            self._go_to(self.number, self.last_cell)
+
+    def _move_on(self, post: _Post, begin: Begin) -> None:
+        """Announce ahead: where we shall stand is known as soon as the round begins."""
+        assert self.record is not None
+        self._begun, self.last_cell = post, self.cell
+        place = [member.peer for member in begin.members].index(self.own)
+        if len(self.record.shape) == 1:
+            self._stand()
+        else:
+            cell = next_cell(self.cell, begin.number, place, self.record.n_peers, self.record.shape)
+            self._go_to(begin.number + 1, cell)
+
+    async def _stay(self) -> None:
+        """There was no group. Perhaps our line has gone on: then we join it there. A cycle goes on in any case."""
+        assert self.record is not None
+        number = await self._roster.find_number(self.record, self.cell, near=self.number)
+        if number is None or number == self.number:
+            is_cycle = self.terms.rounds == "exact" and len(self.shape) > 1
+            number = self.number + 1 if is_cycle else self.number
+        self._go_to(number, self.cell)
+
+    def _go_to(self, number: int, cell: Cell) -> None:
+        self.number, self.cell = number, cell
+        self._stand()
+
+    def _stand(self, line_size: int | None = None) -> None:
+        """Take a fresh stand in the slot of `number` and `cell`."""
+        record, old = self.record, self._post
+        assert record is not None
+        axis = axis_of(self.number, record.shape)
+        line = line_of(self.cell, axis)
+        key = slot(self.run, self.terms.digest, record.epoch, axis, line)
+        if line_size is None:
+            line_size = table(record.n_peers, record.shape).expected(axis, line) if len(record.shape) > 1 else 0
+        limits = MatchLimits(window_s=self._services.limits.window_s)
+        machine = Matchmaker(self.own, key, self.run, self.number, self._compose, limits, line_size)
+        post = self._post = _Post(key, self.number, machine)
+        if old is not None and (old.slot, old.number) == (key, self.number):
+            post.sought_at = old.sought_at
+            for peer in sorted(old.company):
+                self._meet(post, peer)
+        else:
+            self._nudge()
+        self._pump(post)
+
+    def _compose(self, members: tuple[tuple[PeerId, Join], ...], left_out: dict[PeerId, str]) -> Begin:
+        assert self.record is not None
+        return compose_begin(
+            members,
+            left_out,
+            shape=self.record.shape,
+            exact=self.terms.rounds == "exact",
+            rng=self._services.rng,
+            progress_s=self._services.limits.progress_s,
+            payload_bytes=self.terms.layout.payload_bytes,
+        )
+
+    @property
+    def _endpoint(self) -> Endpoint | None:
+        endpoint = self._services.peers.endpoint
+        return endpoint if endpoint.port else None
+
+    # -------------------------------------------------------------------------------------------------------- company
+
+    def on_message(self, link: Link, message: Any) -> None:
+        """A peer said something about this run, or about a slot of ours. Raises PeerError if it may not say that."""
+        self._contacts.came(link.peer, link.endpoint)
+        if isinstance(message, RunTerms):
+            self._on_terms(link, message)
+            return
+        post = next((p for p in (self._post, self._begun) if p is not None and p.slot == message.slot), None)
+        if post is None:
+            if isinstance(message, Join):
+                link.send(Declined(message.slot, "other_number", f"the next round here is {self.number}"))
+            self._nudge()  # it knows more of this run than we do
+        else:
+            if isinstance(message, Here | Join) and message.number == post.number:
+                self._meet(post, link.peer)
+            elif isinstance(message, Quit):
+                post.company.discard(link.peer)
+            post.matchmaker.on_message(trio.current_time(), link.peer, message)
+            self._pump(post)
+        if isinstance(message, Here) and (post is None or post.matchmaker.verdict is not None):
+            link.send(Quit(message.slot))  # nobody should wait for us there
+        if isinstance(message, Begin) and not self._is_part_of(message):
+            self._services.refuse(RoundId(message.round_id))
+
+    def stands_in(self, key: bytes) -> bool:
+        """Return True if `key` is a slot of this lobby."""
+        return any(post is not None and post.slot == key for post in (self._post, self._begun))
+
+    def on_gone(self, peer: PeerId, reason: str) -> None:
+        """The peer said goodbye, or its link ended."""
+        self._contacts.went(peer, reason)
+
+    def _on_absent(self, peer: PeerId, reason: str) -> None:
+        self._strangers.lose(peer)
+        if self._post is not None:
+            self._post.company.discard(peer)
+            self._post.matchmaker.on_gone(trio.current_time(), peer, reason)
+            self._pump(self._post)
+
+    def _on_terms(self, link: Link, message: RunTerms) -> None:
+        difference = self._strangers.on_terms(link, message)
+        if difference is not None:
+            self._services.warn(
+                f"{show_peer(link.peer)} uses run {self.run!r} with other terms: {difference}; we shall not meet"
+            )
+
+    def _is_part_of(self, begin: Begin) -> bool:
+        verdicts = [post.matchmaker.verdict for post in (self._post, self._begun) if post is not None]
+        return any(isinstance(v, Begun) and v.begin.round_id == begin.round_id for v in verdicts)
+
+    def _meet(self, post: _Post, peer: PeerId) -> None:
+        post.company.add(peer)
+        sighting = Sighting(peer, self._contacts.accepts_calls(peer), ready=False, stamp=0)
+        post.matchmaker.on_sighted(trio.current_time(), sighting)
+
+    def _pump(self, post: _Post) -> None:
+        """Send what the machine has to say. Once a group begins, this peer's stand is the next slot, for all messages."""
+        for action in post.matchmaker.take_actions():
+            self._contacts.say(action.peer, action.message)
+        verdict = post.matchmaker.verdict
+        if isinstance(verdict, Begun) and post is self._post:
+            self._move_on(post, verdict.begin)
+        self._change()

@@ -1,0 +1,416 @@
+"""One run on this daemon: its trainers, its memory, and its steps.
+
+A step goes through four hands: the trainers' vectors become one (`_gather`), the lobby finds a group, a session
+averages it, and the result is published in the out region that all trainers of the run share. In an exact run that is
+a cycle of as many rounds as the grid has axes, each starting from the result of the one before; if a later round fails,
+the result of the last good one stands. Nothing is written to a region that somebody may still read.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import trio
+
+from mpd.codecs import codec_named
+from mpd.config import RoundLimits
+from mpd.control import Step, Stepped
+from mpd.errors import LocalError, RoundFailed
+from mpd.grid import Cell
+from mpd.ids import PeerId, show_peer
+from mpd.layout import Terms
+from mpd.mass import Shares, Standing, after, certificate, enter
+from mpd.matchmaking import Alone
+from mpd.messages import Begin
+from mpd.reduce import AccumulatorPool, combine, members_of
+from mpd.schedule import chunks
+
+from .lobby import Lobby
+from .memory import OutRegion, Region, private
+from .sessions import RoundResult, RoundSession, Sessions
+from .vault import RegionVault
+
+HISTORY_ROUNDS = 1000
+
+
+class TrainerSeat:
+    """One attached trainer: its in region, and its place in the run."""
+
+    def __init__(self, run: "Run", label: str) -> None:
+        self.label = label
+        self.in_region = Region(run.terms.layout.n_bytes)
+        self.snapshot: Region | None = None
+        self.known_out = run.out  # the out region that this trainer has mapped
+        self._run = run
+
+    @property
+    def out_region(self) -> OutRegion:
+        """The region in which results are published now."""
+        return self._run.out
+
+    def open_snapshot(self) -> Region:
+        """Return a second region of the in region's size; made at the first call."""
+        if self.snapshot is None:
+            self.snapshot = Region(self.in_region.n_bytes)
+        return self.snapshot
+
+    async def step(self, request: Step) -> Stepped:
+        """Take part in the run's next step. Cancelled: the trainer takes it back."""
+        if request.source == "snapshot" and self.snapshot is None:
+            raise LocalError("there is no snapshot region yet: ask for one before stepping from it")
+        ask = _Ask(self, request)
+        self._run.add(ask)
+        try:
+            await ask.answered.wait()
+        finally:
+            self._run.remove(ask)
+        return ask.answer
+
+    def release(self, seq: int) -> None:
+        """The trainer has copied its result."""
+        self._run.readers.discard(self)
+
+    def close(self) -> None:
+        """The trainer has gone."""
+        self._run.leave(self)
+        for region in (self.in_region, self.snapshot):
+            if region is not None:
+                region.close()
+
+    def source(self, request: Step) -> memoryview:
+        """Return the memory that `request` wants averaged."""
+        region = self.snapshot if request.source == "snapshot" else self.in_region
+        assert region is not None
+        return region.view
+
+
+@dataclass(eq=False)
+class _Ask:
+    """One trainer's wish for a step."""
+
+    seat: TrainerSeat
+    request: Step
+    answered: trio.Event = field(default_factory=trio.Event)
+    answer: Stepped = field(default_factory=lambda: Stepped(0, averaged=False, reason=""))
+
+
+@dataclass
+class _Tally:
+    """What a step has come to so far."""
+
+    began: float
+    vector: memoryview | None = None  # the result of the last round that succeeded
+    exact: bool = False
+    heads: int = 0
+    peers: dict[PeerId, None] = field(default_factory=dict)
+    contributors: tuple[PeerId, ...] = ()
+    confirmed: tuple[PeerId, ...] = ()
+    missing: dict[str, str] = field(default_factory=dict)
+    rounds: int = 0
+    failures: list[str] = field(default_factory=list)
+    met: bool = False  # a group began, so others may have averaged although we did not
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+class Run:
+    """A run and everything of it that lives on this daemon. `vanished` is called when its last trainer has gone."""
+
+    def __init__(self, name: str, terms: Terms, lobby: Lobby, sessions: Sessions, limits: RoundLimits) -> None:
+        self.name = name
+        self.terms = terms
+        self.lobby = lobby
+        self.out = OutRegion(terms.layout.n_bytes)
+        self.seats: list[TrainerSeat] = []
+        self.readers: set[TrainerSeat] = set()  # who may still copy from the out region
+        self.rounds = 0
+        self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY_ROUNDS)
+        self.vanished: Callable[[], None] = lambda: None
+        self.idle = trio.Event()  # replaced by a new one for the length of each step
+        self.idle.set()
+        self._sessions = sessions
+        self._limits = limits
+        self._pool = AccumulatorPool()
+        self._generation = 0
+        self._asks: list[_Ask] = []
+        self._asked = trio.Event()
+        self._current: list[_Ask] = []
+        self._scope: trio.CancelScope | None = None
+        self._spare: memoryview | None = None  # between the rounds of an exact cycle
+        self._gathered: memoryview | None = None  # where several trainers are averaged first
+        self._lingering: list[tuple[memoryview, RoundSession]] = []
+        self._nursery: trio.Nursery | None = None
+
+    # -------------------------------------------------------------------------------------------------------- trainers
+
+    def sit(self, label: str) -> TrainerSeat:
+        """Attach a trainer. Raises LocalError if there is no memory for it."""
+        seat = TrainerSeat(self, label)
+        self.seats.append(seat)
+        return seat
+
+    def leave(self, seat: TrainerSeat) -> None:
+        """A trainer has gone; with the last one the run ends on this daemon."""
+        if seat in self.seats:
+            self.seats.remove(seat)
+            self.readers.discard(seat)
+            self._wake()
+            if not self.seats:
+                self.vanished()
+
+    def add(self, ask: _Ask) -> None:
+        """A trainer wants a step; whatever it was given before it has copied by now."""
+        self.readers.discard(ask.seat)
+        self._asks.append(ask)
+        self._wake()
+
+    def remove(self, ask: _Ask) -> None:
+        """A trainer takes its wish back, or has its answer."""
+        if ask in self._asks:
+            self._asks.remove(ask)
+        if ask in self._current:
+            self._current.remove(ask)
+            if not self._current and self._scope is not None:
+                self._scope.cancel()
+
+    def _wake(self) -> None:
+        self._asked.set()
+        self._asked = trio.Event()
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+
+    async def serve(self) -> None:
+        """Do the steps that trainers ask for, until cancelled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self.lobby.serve)
+                while True:
+                    while not self._asks:
+                        await self._asked.wait()
+                    await self._step()
+        finally:
+            for _, session in self._lingering:
+                session.cancel("this daemon is leaving")
+            self.out.close()
+
+    async def _step(self) -> None:
+        self.idle = trio.Event()
+        tally = _Tally(began=trio.current_time())
+        with trio.CancelScope() as self._scope:
+            try:
+                await self._collect(tally)
+                await self._average(tally)
+            except (RoundFailed, LocalError) as error:
+                tally.failures.append(str(error))
+        if tally.vector is not None and self._current:
+            self._publish(tally.vector)
+        for ask in self._current:
+            ask.answer = self._answer(ask, tally)
+            ask.answered.set()
+        self._current, self._scope = [], None
+        self.idle.set()
+
+    async def _collect(self, tally: _Tally) -> None:
+        """Wait for all trainers of this run, one window at most."""
+        with trio.move_on_after(min(self._limits.window_s, self._asks[0].request.timeout_s / 2)):
+            while len({ask.seat for ask in self._asks}) < len(self.seats):
+                await self._asked.wait()
+        self._current, self._asks = self._asks, []
+        asked = {ask.seat for ask in self._current}
+        for seat in self.seats:
+            if seat not in asked:
+                tally.missing[f"trainer {seat.label}"] = "had not asked for a step when the window ended"
+
+    async def _gather(self) -> tuple[memoryview, float]:
+        """Return one vector and its weight for all trainers that asked."""
+        asks = list(self._current)
+        vectors = [ask.seat.source(ask.request) for ask in asks]
+        if len(asks) == 1:
+            return vectors[0], asks[0].request.weight
+        if self._gathered is None:
+            self._gathered = private(self.terms.layout.n_bytes)
+        weights = [ask.request.weight for ask in asks]
+        segments = self.terms.layout.segments
+        await trio.to_thread.run_sync(combine, vectors, weights, segments, self._gathered)
+        return self._gathered, sum(weights)
+
+    async def _average(self, tally: _Tally) -> None:
+        deadline = tally.began + min(ask.request.timeout_s for ask in self._current)
+        self._renew_out()
+        vector, weight = await self._gather()
+        is_exact = self.terms.rounds == "exact"
+        standing: Standing | None = None
+        if is_exact:
+            self.lobby.start_cycle()
+        n_rounds, done = 1, 0
+        while done < n_rounds:
+            entering = standing
+
+            def bring(cell: Cell, entering: Standing | None = entering) -> Standing:
+                return enter(weight, cell) if entering is None else replace(entering, cell=cell)
+
+            verdict = await self.lobby.form(bring, deadline)
+            n_rounds = max(1, len(self.lobby.shape)) if is_exact else 1
+            done += 1
+            if isinstance(verdict, Alone):
+                tally.failures.append(_in_round(done, n_rounds, verdict.reason))
+                tally.missing.update((show_peer(peer), why) for peer, why in verdict.missing.items())
+                if is_exact:
+                    self.lobby.skip()
+                continue
+            source = tally.vector if tally.vector is not None else vector
+            session = await self._exchange(verdict.begin, source, n_rounds - done)
+            standing = self._account(tally, session, standing or bring(self.lobby.last_cell), done, n_rounds)
+
+    async def _exchange(self, begin: Begin, source: memoryview, rounds_left: int) -> RoundSession:
+        """Run one round from `source`; return its session, finished."""
+        assert self._nursery is not None
+        target = await self._target(source, rounds_left)
+        members = begin.members
+        plan = chunks(self.terms.layout.segments, [member.fraction for member in members], begin.chunk_bytes)
+        me = [member.peer for member in members].index(self.lobby.own)
+        vault = RegionVault(plan, source, target, [member.weight for member in members], me)
+        session = self._sessions.begin(begin, me, vault.use(codec_named(self.terms.codec), self._pool))
+        self._lingering.append((target, session))
+        self._nursery.start_soon(self._carry, session)
+        try:
+            await session.finished.wait()
+        except trio.Cancelled:
+            session.cancel("cancelled by the trainer")
+            raise
+        return session
+
+    async def _carry(self, session: RoundSession) -> None:
+        try:
+            await session.run()
+        finally:
+            session.cancel("this daemon is leaving")
+            self._sessions.end(session)
+            self._lingering = [(view, other) for view, other in self._lingering if other is not session]
+
+    async def _target(self, source: memoryview, rounds_left: int) -> memoryview:
+        """Return where the next result goes: not over its source, and so that the last lands in the out region."""
+        out = self.out.view
+        if source is out or (rounds_left % 2 == 1 and source is not self._spare):
+            if self._spare is None:
+                self._spare = private(self.terms.layout.n_bytes)
+            target = self._spare
+        else:
+            target = out
+        for view, session in self._lingering:
+            if view is target:  # it has served long enough: whoever still lacked a chunk is not in this round
+                session.cancel("the memory of this round is needed for the next one")
+        return target
+
+    def _account(
+        self, tally: _Tally, session: RoundSession, standing: Standing, done: int, n_rounds: int
+    ) -> Standing | None:
+        """Add a finished round to the tally; return this peer's standing in the next one."""
+        begin, result = session.begin, session.result()
+        tally.met = True
+        tally.bytes_sent += result.bytes_sent
+        tally.bytes_received += result.bytes_received
+        tally.peers.update(dict.fromkeys(session.members))
+        tally.missing.update((show_peer(peer), why) for peer, why in begin.left_out.items())
+        tally.missing.update((show_peer(session.members[i]), why) for i, why in result.missing.items())
+        self._remember(session, result)
+        if not result.success:
+            tally.failures.append(_in_round(done, n_rounds, result.reason))
+            self.lobby.fall_back()
+            return standing if standing.seen >= 0 else None
+        self.rounds += 1
+        tally.rounds += 1
+        tally.vector = session.vault.slots
+        tally.contributors = tuple(session.members[i] for i in members_of(result.contributors))
+        tally.confirmed = tuple(session.members[i] for i in members_of(result.confirmed))
+        record = self.lobby.record
+        assert record is not None
+        shares = Shares(
+            number=begin.number,
+            shape=record.shape,
+            weights=tuple(member.weight for member in begin.members),
+            heads=tuple(member.heads for member in begin.members),
+            whole=begin.whole,
+        )
+        tally.exact, tally.heads = certificate(shares, result.contributors)
+        if self.terms.rounds != "exact":
+            return None
+        return after(standing, session.me, shares, result.contributors, begin.round_id, record.n_peers)
+
+    def _remember(self, session: RoundSession, result: RoundResult) -> None:
+        names = [show_peer(peer) for peer in session.members]
+        self.history.append(
+            {
+                "run": self.name,
+                "number": session.begin.number,
+                "round_id": session.round_id.hex(),
+                "averaged": result.success,
+                "group": names,
+                "contributors": [names[i] for i in members_of(result.contributors)],
+                "missing": {names[i]: why for i, why in result.missing.items()},
+                "seconds": round(result.seconds, 6),
+                "bytes_sent": result.bytes_sent,
+                "bytes_received": result.bytes_received,
+                "reason": result.reason,
+                "at": time.time(),
+            }
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- memory
+
+    def _renew_out(self) -> None:
+        """If a trainer is still copying the last result, leave that region to it for good and take a new one."""
+        if self.readers:
+            old, self.out = self.out, OutRegion(self.terms.layout.n_bytes)
+            for view, session in list(self._lingering):
+                if view is old.view:
+                    session.cancel("the memory of this round is needed for the next one")
+            old.close()
+            self.readers.clear()
+
+    def _publish(self, vector: memoryview) -> None:
+        if vector is not self.out.view:
+            self.out.view[:] = vector
+        self._generation += 1
+        self.out.publish(self._generation)
+
+    def _answer(self, ask: _Ask, tally: _Tally) -> Stepped:
+        averaged = tally.vector is not None
+        new_out = averaged and ask.seat.known_out is not self.out
+        if averaged:
+            ask.seat.known_out = self.out
+            self.readers.add(ask.seat)
+        contributors = {show_peer(peer) for peer in tally.contributors}
+        return Stepped(
+            seq=ask.request.seq,
+            averaged=averaged,
+            reason=_reason(tally),
+            exact=averaged and tally.exact,
+            heads=tally.heads if averaged else 0,
+            peers=tuple(map(show_peer, tally.peers)),
+            contributors=tuple(sorted(contributors)),
+            confirmed=tuple(sorted(map(show_peer, tally.confirmed))),
+            missing={peer: why for peer, why in tally.missing.items() if peer not in contributors},
+            rounds=tally.rounds,
+            seconds=trio.current_time() - tally.began,
+            bytes_sent=tally.bytes_sent,
+            bytes_received=tally.bytes_received,
+            generation=self._generation if averaged else 0,
+            new_out=new_out,
+        )
+
+
+def _in_round(done: int, n_rounds: int, reason: str) -> str:
+    return reason if n_rounds == 1 else f"round {done} of {n_rounds}: {reason}"
+
+
+def _reason(tally: _Tally) -> str:
+    failures = "; ".join(tally.failures)
+    if tally.vector is not None:
+        met = f"averaged with {len(tally.peers) - 1} other peer{'s' * (len(tally.peers) != 2)}"
+        return f"{met}; {failures}" if failures else met
+    others = "; the others may have averaged" if tally.met else ""
+    return f"kept the old values: {failures or 'cancelled'}{others}"

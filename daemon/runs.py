@@ -1,0 +1,215 @@
+"""All runs of this daemon, and the switchboard between links, rounds and runs.
+
+`Runs` is what the local socket talks to: it attaches trainers and answers questions. `Switchboard` is what links talk
+to: it looks at each message just far enough to know whose it is.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from mpd.control import Attach, Query
+from mpd.errors import LocalError, PeerError
+from mpd.ids import Endpoint, PeerId, RoundId, show_peer
+from mpd.layout import Layout, Terms
+from mpd.messages import (
+    Begin,
+    Declined,
+    DialBack,
+    DialledBack,
+    Disbanded,
+    Goodbye,
+    Here,
+    Join,
+    Joined,
+    Quit,
+    RunTerms,
+    Scoped,
+    UnknownRound,
+)
+from mpd.wire import Header
+
+from .links import Landing, Link
+from .lobby import Lobby, LobbyServices
+from .peers import Peers
+from .run import Run, TrainerSeat
+from .sessions import Sessions
+
+MAX_RUN_NAME_CHARS = 256
+
+
+class Runs:
+    """The runs that trainers on this machine take part in. `status` adds what the rest of the daemon knows."""
+
+    def __init__(self, services: LobbyServices, sessions: Sessions) -> None:
+        self.peer = services.own
+        self.status: Callable[[], dict[str, Any]] = dict
+        self.leaving = trio.Event()
+        self._services = services
+        self._sessions = sessions
+        self._runs: dict[str, Run] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Carry the runs until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    def attach(self, request: Attach, label: str) -> TrainerSeat:
+        """Give a trainer its place in a run. Raises LocalError with what it should change."""
+        if not 0 < len(request.run) <= MAX_RUN_NAME_CHARS or not request.run.isprintable():
+            raise LocalError(f"a run's name has 1 to {MAX_RUN_NAME_CHARS} printable characters")
+        if self.leaving.is_set() or self._nursery is None:
+            raise LocalError("this daemon is leaving: attach to another one")
+        terms = Terms(Layout(request.tensors), request.group_size, request.rounds, request.codec, request.aggregate)
+        run = self._runs.get(request.run)
+        if run is None:
+            lobby = Lobby(request.run, terms, self._services)
+            run = Run(request.run, terms, lobby, self._sessions, self._services.limits)
+            try:
+                seat = run.sit(label)
+            except LocalError:
+                run.out.close()
+                raise
+            self._runs[request.run] = run
+            self._nursery.start_soon(self._carry, run)
+            return seat
+        difference = terms.first_difference(run.terms)
+        if difference is not None:
+            raise LocalError(f"run {request.run!r} is in use on this daemon with other terms: {difference}")
+        return run.sit(label)
+
+    async def _carry(self, run: Run) -> None:
+        with trio.CancelScope() as scope:
+            run.vanished = scope.cancel
+            if run.seats:
+                await run.serve()
+        if self._runs.get(run.name) is run:
+            del self._runs[run.name]
+
+    def query(self, query: Query) -> str:
+        """Answer "status", "rounds" or "peers" with a JSON text."""
+        if query.what == "status":
+            return json.dumps({**self.status(), "runs": [self._describe(run) for run in self._runs.values()]})
+        if query.what == "rounds":
+            known = [record for run in self._runs.values() for record in run.history if query.run in ("", run.name)]
+            return json.dumps(sorted(known, key=lambda record: record["at"])[-query.last :] if query.last > 0 else [])
+        if query.what == "peers":
+            return json.dumps([vars_of(status) for status in self._services.peers.snapshot()])
+        raise LocalError(f"{query.what!r} is nothing to ask for: status, rounds or peers expected")
+
+    def leave(self) -> None:
+        """Begin to shut down: the round in progress is finished first."""
+        self.leaving.set()
+
+    async def wait_idle(self) -> None:
+        """Wait until no run is in the middle of a step."""
+        for run in list(self._runs.values()):
+            await run.idle.wait()
+
+    def of_name(self, name: str) -> Lobby | None:
+        """Return the lobby of a run, if this daemon takes part in it."""
+        run = self._runs.get(name)
+        return run.lobby if run is not None else None
+
+    def of_slot(self, slot: bytes) -> Lobby | None:
+        """Return the lobby that stands in a slot."""
+        return next((run.lobby for run in self._runs.values() if run.lobby.stands_in(slot)), None)
+
+    def on_gone(self, peer: PeerId, reason: str) -> None:
+        """A peer is gone for every run."""
+        for run in list(self._runs.values()):
+            run.lobby.on_gone(peer, reason)
+
+    def _describe(self, run: Run) -> dict[str, Any]:
+        lobby = run.lobby
+        return {
+            "name": run.name,
+            "shape": list(lobby.shape),
+            "key": list(lobby.cell),
+            "phase": lobby.number % max(1, len(lobby.shape)),
+            "peers": len(lobby.company) + 1,
+            "trainers": len(run.seats),
+            "rounds": run.rounds,
+            "bytes": run.terms.layout.payload_bytes,
+            "tensors": len(run.terms.layout.specs),
+            "state": lobby.reason,
+            "other_terms": {show_peer(peer): why for peer, why in lobby.differences.items()},
+        }
+
+
+def vars_of(record: Any) -> dict[str, Any]:
+    """Return the fields of a slotted dataclass."""
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}
+
+
+class Switchboard:
+    """Hears from all links; made before them, so `runs`, `sessions` and `peers` are set by the composition root."""
+
+    runs: Runs
+    sessions: Sessions
+    peers: Peers
+
+    def __init__(self, nursery: trio.Nursery, say: Callable[[str], None]) -> None:
+        self._nursery = nursery
+        self._say = say
+
+    def on_link_up(self, link: Link) -> None:
+        """A new link: if we do not know yet whether we can be dialled, ask."""
+        self._say(f"linked to {show_peer(link.peer)}")
+        if self.peers.endpoint.port and not self.peers.is_reachable:
+            link.send(DialBack(self.peers.endpoint.port))
+
+    def on_link_down(self, link: Link, reason: str) -> None:
+        """A link has ended: rounds and runs lose the peer, unless it has called again already."""
+        self._say(f"link to {show_peer(link.peer)} ended: {reason}")
+        self.sessions.on_link_down(link, reason)
+        if self.peers.get(link.peer) in (None, link):
+            self.runs.on_gone(link.peer, reason)
+
+    async def landing(self, link: Link, header: Header) -> Landing | None:
+        """A record is on its way."""
+        return await self.sessions.landing(link, header)
+
+    def on_message(self, link: Link, message: Any) -> None:
+        """A message has come. Raises PeerError if this peer may not say that."""
+        match message:
+            case Scoped():
+                self.sessions.on_scoped(link, message)
+            case UnknownRound():
+                self.sessions.on_unknown_round(link, message)
+            case Here() | Join() | Begin() | RunTerms():
+                self._to_run(link, message, self.runs.of_name(message.run))
+            case Joined() | Declined() | Disbanded() | Quit():
+                self._to_run(link, message, self.runs.of_slot(message.slot))
+            case Goodbye():
+                self.runs.on_gone(link.peer, f"left: {message.reason}" if message.reason else "left")
+            case DialBack():
+                self._nursery.start_soon(self._dial_back, link, message)
+            case DialledBack():
+                self._on_dialled_back(message)
+            case _:
+                raise PeerError(f"it said {type(message).__name__} on a link that is already made")
+
+    def _to_run(self, link: Link, message: Any, lobby: Lobby | None) -> None:
+        if lobby is not None:
+            lobby.on_message(link, message)
+        elif isinstance(message, Join):
+            link.send(Declined(message.slot, "not_ready", "no trainer here takes part in that run"))
+        elif isinstance(message, Begin):
+            self.sessions.refuse(RoundId(message.round_id))
+
+    async def _dial_back(self, link: Link, request: DialBack) -> None:
+        reached = await self.peers.can_dial(Endpoint(link.remote_host, request.port))
+        link.send(DialledBack(reached, link.remote_host))
+
+    def _on_dialled_back(self, answer: DialledBack) -> None:
+        if answer.reached and not self.peers.is_reachable:
+            self.peers.is_reachable = True
+            self._say(f"reachable from outside at {answer.host}:{self.peers.endpoint.port}")
+        elif not answer.reached:
+            self._say("not reachable from outside: this daemon dials others and reduces nothing")

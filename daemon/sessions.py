@@ -1,0 +1,381 @@
+"""Rounds in progress: each joins one `Exchange` machine to its memory and to the links of its members.
+
+The machine says what is to be sent, the session queues it on the member's link and looks the bytes up only when their
+turn comes, so that a plan which changed meanwhile wastes nothing. Records arrive with a round id; `Sessions` finds the
+round, or asks the sender for its BEGIN, which may still be on its way from the leader.
+"""
+
+import collections
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from mpd.errors import PeerError, RoundFailed
+from mpd.exchange import CloseLink, Exchange, Finished, Gone, RoundPlan, Send, SendPiece, SendResult
+from mpd.ids import Endpoint, PeerId, RoundId, peer_id
+from mpd.messages import EXCHANGE, Begin, Scoped, UnknownRound
+from mpd.wire import Header, Kind
+
+from .links import Landing, Link
+from .peers import Peers, Unreachable
+from .transfers import Arrival, Bye, Departure, StagePool
+from .vault import RegionVault
+
+_TICK_S = 0.1  # the machine's timers are looked at this often at least
+_KNOWN_ENDED = 256  # rounds whose late records are recognised and dropped
+_MAX_HELD = 64  # messages kept per link for rounds whose BEGIN has not arrived; the newest count
+_MAX_HELD_BYTES = 65536  # no message that can come before BEGIN is longer
+_PROGRESS_S = (0.1, 60.0)  # what a leader may choose
+
+
+@dataclass(frozen=True, slots=True)
+class RoundResult:
+    """How a round ended here. Masks and keys are places in `Begin.members`."""
+
+    success: bool
+    reason: str
+    contributors: int
+    confirmed: int
+    missing: dict[int, str]
+    seconds: float
+    bytes_sent: int
+    bytes_received: int
+
+
+class RoundSession:
+    """One round of this daemon."""
+
+    def __init__(self, begin: Begin, me: int, vault: RegionVault, peers: Peers, stages: StagePool) -> None:
+        now = trio.current_time()
+        self.begin = begin
+        self.round_id = RoundId(begin.round_id)
+        self.me = me
+        self.vault = vault
+        self.members = tuple(peer_id(member.peer) for member in begin.members)
+        self.finished = trio.Event()
+        self.gone = trio.Event()
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.exchange = Exchange(_plan(begin, me, vault, now), vault, now)
+        self.landings: dict[int, Arrival] = {}  # results being received straight into their slots
+        self.stages = stages
+        self._began = now
+        self._seconds = 0.0
+        self._peers = peers
+        self._links: dict[int, Link] = {}
+        self._waiting: dict[int, list[Any]] = {}  # what to send to members that are not linked yet
+        self.left: set[int] = set()
+        vault.before_write = self._before_write
+
+    async def run(self) -> None:
+        """Carry the round until nobody needs this member any more."""
+        async with trio.open_nursery() as nursery:
+            for place in range(len(self.members)):
+                if place != self.me:
+                    nursery.start_soon(self._connect, place)
+            while not self.gone.is_set():
+                now = trio.current_time()
+                wakeup = self.exchange.wakeup
+                with trio.move_on_at(min(wakeup if wakeup is not None else now + _TICK_S, now + _TICK_S)):
+                    await self.gone.wait()
+                if not self.gone.is_set():
+                    self.feed(self.exchange.on_tick)
+            nursery.cancel_scope.cancel()
+
+    def result(self) -> RoundResult:
+        """Return how the round ended; valid once `finished` is set."""
+        machine = self.exchange
+        success = machine.ended is not None and machine.ended.name == "SUCCESS"
+        return RoundResult(
+            success=success,
+            reason=machine.reason,
+            contributors=machine.contributors if success else 0,
+            confirmed=machine.confirmed,
+            missing=dict(machine.missing),
+            seconds=self._seconds,
+            bytes_sent=self.bytes_sent,
+            bytes_received=self.bytes_received,
+        )
+
+    def cancel(self, reason: str) -> None:
+        """Give the round up: as a failure if it has not ended, else only the lingering for others."""
+        if not self.finished.is_set():
+            self.feed(self.exchange.cancel, reason)
+        if not self.gone.is_set():
+            self._leave()
+
+    # ---------------------------------------------------------------------------------------------- from the members
+
+    def place_of(self, peer: PeerId) -> int | None:
+        """Return the place of a member, None for anybody else."""
+        return self.members.index(peer) if peer in self.members else None
+
+    def on_message(self, link: Link, body: bytes) -> None:
+        """A message of the exchange."""
+        place = self._place_on(link)
+        if place is not None:
+            self.feed(self.exchange.on_message, place, EXCHANGE.decode(body))
+
+    def on_lost(self, link: Link, reason: str) -> None:
+        """The link is over, or the member said goodbye to this round."""
+        place = self.place_of(link.peer)
+        if place is not None and self._links.get(place, link) is link:
+            self._lose(place, reason)
+
+    def landing(self, link: Link, header: Header) -> Landing | None:
+        """Say where a record goes. Raises PeerError if it cannot be part of this round."""
+        place = self._place_on(link)
+        if header.kind is Kind.BYE:
+            self.on_lost(link, "it left the round")
+            return None
+        if place is None or self.gone.is_set():
+            return None
+        why = self.vault.accepts(header.chunk, header.member, header.length, header.codec)
+        if why:
+            raise PeerError(f"it sent {why}")
+        if header.kind is Kind.PIECE:
+            if self.exchange.wants_piece(place, header.chunk, header.version):
+                return Arrival(self, place, header, self.stages.take(header.length))
+        elif self.exchange.wants_result(place, header.chunk, header.version):
+            # In place only where nothing is overwritten: an older version may be on its way to others, or be kept.
+            is_free = header.chunk not in self.landings and not self.exchange.is_occupied(header.chunk)
+            if self.vault.codec.identity and is_free:
+                landing = Arrival(self, place, header, self.vault.slot_view(header.chunk), in_place=True)
+                self.landings[header.chunk] = landing
+                return landing
+            return Arrival(self, place, header, self.stages.take(header.length))
+        return Arrival(self, place, header, self.stages.take(header.length))
+
+    # ------------------------------------------------------------------------------------------------------- to them
+
+    def feed(self, event: Callable[..., None], *args: Any) -> None:
+        """Tell the machine that something happened now, and do what it asks for."""
+        now = trio.current_time()
+        try:
+            event(now, *args)
+        except RoundFailed as error:  # our own values or sums are no good: the others go on without us
+            self.exchange.cancel(now, str(error))
+        self._perform()
+
+    def _perform(self) -> None:
+        for action in self.exchange.take_actions():
+            match action:
+                case SendPiece() | SendResult():
+                    self._to(action.to, Departure(self, action))
+                case Send():
+                    self._to(action.to, Scoped(self.round_id, EXCHANGE.encode(action.message)))
+                case CloseLink():
+                    self._part(action.to)
+                case Finished():
+                    self._seconds = trio.current_time() - self._began
+                    self._let_go()
+                    self.finished.set()
+                case Gone():
+                    self._leave()
+
+    async def _connect(self, place: int) -> None:
+        member = self.begin.members[place]
+        if not (member.inbound or self.begin.members[self.me].inbound):
+            return
+        try:
+            link = await self._peers.link(
+                self.members[place], Endpoint(member.host, member.port) if member.inbound else None
+            )
+        except Unreachable as error:
+            self._lose(place, str(error))
+            return
+        if self.gone.is_set() or place in self.left:
+            return
+        self._links[place] = link
+        link.busy += 1
+        link.patience_s = _progress_s(self.begin)
+        for item in self._waiting.pop(place, []):
+            self._to(place, item)
+
+    def _to(self, place: int, item: Any) -> None:
+        link = self._links.get(place)
+        if link is None:
+            if place not in self.left:
+                self._waiting.setdefault(place, []).append(item)
+        elif isinstance(item, Scoped):
+            link.send(item)
+        else:
+            link.ship(item)
+
+    def _place_on(self, link: Link) -> int | None:
+        """Return the place of the peer behind `link`, None if it is not a member or is lost to this round."""
+        place = self.place_of(link.peer)
+        return None if place is None or place in self.left else place
+
+    def _lose(self, place: int, reason: str) -> None:
+        if place not in self.left:
+            self._drop(place)
+            self.feed(self.exchange.on_lost, place, reason)
+
+    def _part(self, place: int) -> None:
+        """Tell a member that nothing more passes between us in this round."""
+        link = self._links.get(place)
+        self._drop(place)
+        if link is not None:
+            link.ship(Bye(self.round_id))
+
+    def _drop(self, place: int) -> None:
+        self.left.add(place)
+        self._waiting.pop(place, None)
+        link = self._links.pop(place, None)
+        if link is not None:
+            link.busy -= 1
+            link.drop_shipments(self)
+            link.detach(self)
+
+    def _let_go(self) -> None:
+        """Make what is being sent independent of the memory: it goes back to its owner now."""
+        for link in self._links.values():
+            link.detach(self)
+
+    def _leave(self) -> None:
+        self.gone.set()
+        for place in list(self._links):
+            if self.exchange.confirmed >> place & 1:
+                self._drop(place)
+            else:
+                self._part(place)
+        for chunk in list(self.landings):
+            self._before_write(chunk)
+
+    def _before_write(self, chunk: int) -> None:
+        landing = self.landings.pop(chunk, None)
+        if landing is not None:
+            landing.revoke()
+        for link in self._links.values():
+            link.detach(self, chunk)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Something that came before the BEGIN of its round: a message, or None for a goodbye."""
+
+    round_id: RoundId
+    body: bytes | None
+
+
+class Sessions:
+    """All rounds of this daemon, by round id."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self._stages = StagePool()
+        self._sessions: dict[RoundId, RoundSession] = {}
+        self._ended: collections.OrderedDict[RoundId, None] = collections.OrderedDict()
+        self._held: dict[Link, collections.deque[_Held]] = {}
+        self._began = trio.Event()
+        self._told: tuple[Link, RoundId] | None = None  # who heard last that we take no part in a round
+
+    def begin(self, begin: Begin, me: int, vault: RegionVault) -> RoundSession:
+        """Make a session; whoever waits for this round goes on. The caller runs it and calls `end` afterwards."""
+        session = RoundSession(begin, me, vault, self._peers, self._stages)
+        session.feed(session.exchange.start)  # before anything can arrive for it
+        self._sessions[session.round_id] = session
+        for link, held in self._take_held(session.round_id):
+            self._hand_in(session, link, held)
+        self._wake()
+        return session
+
+    def end(self, session: RoundSession) -> None:
+        """Forget a session that is gone."""
+        self._sessions.pop(session.round_id, None)
+        self.refuse(session.round_id)
+
+    def refuse(self, round_id: RoundId) -> None:
+        """Drop whatever belongs to this round from now on."""
+        self._take_held(round_id)
+        self._ended[round_id] = None
+        while len(self._ended) > _KNOWN_ENDED:
+            self._ended.popitem(last=False)
+        self._wake()
+
+    async def landing(self, link: Link, header: Header) -> Landing | None:
+        """Find the round of a record; if it is unknown, ask for its BEGIN and wait a moment."""
+        session = self._sessions.get(header.round_id)
+        if session is None and header.kind in (Kind.PIECE, Kind.CHUNK):
+            session = await self._wait_for(link, header.round_id)
+            if session is None and (link, header.round_id) != self._told:
+                self._told = (link, header.round_id)
+                link.ship(Bye(header.round_id))
+        if session is None and header.kind is Kind.BYE:
+            self._hold(link, _Held(header.round_id, None))
+        return session.landing(link, header) if session is not None else None
+
+    def on_scoped(self, link: Link, message: Scoped) -> None:
+        """A message for the machine of a round."""
+        round_id = RoundId(message.round_id)
+        session = self._sessions.get(round_id)
+        if session is not None:
+            session.on_message(link, message.body)
+        elif round_id not in self._ended and len(message.body) <= _MAX_HELD_BYTES:
+            self._hold(link, _Held(round_id, message.body))
+            link.send(UnknownRound(round_id))
+
+    def on_unknown_round(self, link: Link, message: UnknownRound) -> None:
+        """A member missed BEGIN: pass it on."""
+        session = self._sessions.get(RoundId(message.round_id))
+        if session is not None and session.place_of(link.peer) is not None:
+            link.send(session.begin)
+
+    def on_link_down(self, link: Link, reason: str) -> None:
+        """Every round on that link has lost this member."""
+        self._held.pop(link, None)
+        for session in list(self._sessions.values()):
+            session.on_lost(link, reason)
+
+    def _hold(self, link: Link, held: "_Held") -> None:
+        if held.round_id not in self._ended:
+            self._held.setdefault(link, collections.deque(maxlen=_MAX_HELD)).append(held)
+
+    def _take_held(self, round_id: RoundId) -> list[tuple[Link, "_Held"]]:
+        """Take out what arrived early for a round."""
+        taken = [(link, held) for link, waiting in self._held.items() for held in waiting if held.round_id == round_id]
+        for link, held in taken:
+            self._held[link].remove(held)
+        return taken
+
+    def _hand_in(self, session: RoundSession, link: Link, held: "_Held") -> None:
+        try:
+            if held.body is None:
+                session.on_lost(link, "it left the round")
+            else:
+                session.on_message(link, held.body)
+        except PeerError as error:
+            link.close(str(error))
+
+    async def _wait_for(self, link: Link, round_id: RoundId) -> RoundSession | None:
+        if round_id not in self._ended:
+            link.send(UnknownRound(round_id))
+        with trio.move_on_after(link.patience_s):
+            while round_id not in self._sessions and round_id not in self._ended:
+                await self._began.wait()
+        return self._sessions.get(round_id)
+
+    def _wake(self) -> None:
+        self._began.set()
+        self._began = trio.Event()
+
+
+def _plan(begin: Begin, me: int, vault: RegionVault, now: float) -> RoundPlan:
+    chunks = vault.chunks
+    return RoundPlan(
+        n_members=len(begin.members),
+        me=me,
+        owners=tuple(chunk.owner for chunk in chunks),
+        inbound=sum(1 << place for place, member in enumerate(begin.members) if member.inbound),
+        senders=sum(1 << place for place, member in enumerate(begin.members) if member.weight > 0),
+        deadline=now + begin.timeout_s,
+        progress_s=_progress_s(begin),
+    )
+
+
+def _progress_s(begin: Begin) -> float:
+    shortest, longest = _PROGRESS_S
+    return min(max(begin.progress_s, shortest), longest)
