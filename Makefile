@@ -12,9 +12,10 @@ SIM_SEEDS ?= 20000
 BIN := .venv/bin
 
 # What reads bytes that others wrote: frames, messages, payloads, records, files.
-PARSERS := $(wildcard $(addprefix tests/, \
+PARSERS := $(addprefix tests/, \
 	core/test_codecs.py core/test_control.py core/test_ids.py core/test_layout.py core/test_messages.py \
-	core/test_records.py core/test_vocabulary.py core/test_wire.py daemon/test_dht.py daemon/test_dht_storage.py))
+	core/test_records.py core/test_vocabulary.py core/test_wire.py daemon/test_dht_messages.py \
+	daemon/test_dht_records.py)
 
 .PHONY: help demo test check format bench fuzz soak docs clean
 .DELETE_ON_ERROR:

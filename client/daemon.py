@@ -80,20 +80,26 @@ class Daemon:
     ) -> Averager:
         """Take part in `run` with `tensors`, and return what averages them.
 
-        run: its name; peers that name the same one meet.
-        tensors: torch tensors or numpy arrays of float16, bfloat16, float32 or float64: an iterable of them (like
-            `model.parameters()`) or of pairs with their names (`model.named_parameters()`), or a mapping of names to
-            them.
-        group_size: how many peers should average at once, 2 to 48; `rounds`: rounds per step, 1, or "exact" for the
-            mean of the whole swarm; `codec`: how values travel, "raw" (as they are), "float16" or "zstd";
-            `aggregate`: "mean". All peers of a run choose the same.
-        weight: of our values in the average, unless a step says otherwise.
-        adopt: move the parameters into the memory that is shared with the daemon (torch on the CPU), so that nothing
-            is copied on the way in. Other views of their old memory lose touch with them, and processes forked later
-            share them.
-        check_finite: refuse to average NaN or infinity.
+        All peers of a run choose the same `group_size`, `rounds`, `codec` and `aggregate`.
 
-        Raises LocalError if the tensors or terms cannot be averaged, DaemonUnavailable if the daemon is gone.
+        Args:
+            run: Its name; peers that name the same one meet.
+            tensors: Torch tensors or numpy arrays of float16, bfloat16, float32 or float64: an iterable of them (like
+                `model.parameters()`) or of pairs with their names (`model.named_parameters()`), or a mapping of names
+                to them.
+            group_size: How many peers should average at once, 2 to 48.
+            rounds: Rounds per step: 1, or "exact" for the mean of the whole swarm.
+            codec: How values travel: "raw" (as they are), "float16" or "zstd".
+            aggregate: "mean".
+            weight: Of our values in the average, unless a step says otherwise.
+            adopt: Move the parameters into the memory that is shared with the daemon (torch on the CPU), so that
+                nothing is copied on the way in. Other views of their old memory lose touch with them, and processes
+                forked later share them.
+            check_finite: Refuse to average NaN or infinity.
+
+        Raises:
+            LocalError: The tensors or terms cannot be averaged.
+            DaemonUnavailable: The daemon is gone.
         """
         registered = register(tensors)
         request = control.Attach(run, tuple(each.spec for each in registered), group_size, rounds, codec, aggregate)

@@ -9,13 +9,19 @@ from mpd.control import Stepped
 class Outcome:
     """The honest result of one step. It is true if the step averaged.
 
-    averaged: the tensors hold an average; if not, they are untouched, and other peers may have averaged without us.
-    exact: it is the certified mean of all `heads` peers of the run.
-    peers: who was met, in all groups of the step; `contributors`: whose values are in every part of the result, this
-        peer included; `confirmed`: who was seen to succeed.
-    missing: who was expected and is not in the result, with the reason.
-    rounds, seconds, bytes_sent, bytes_received: what it took.
-    reason: one sentence.
+    Attributes:
+        averaged: The tensors hold an average; if not, they are untouched, and other peers may have averaged without us.
+        reason: One sentence.
+        exact: It is the certified mean of all `heads` peers of the run.
+        heads: Of how many peers it is the mean, where that is known.
+        peers: Who was met, in all groups of the step.
+        contributors: Whose values are in every part of the result, this peer included.
+        confirmed: Who was seen to succeed.
+        missing: Who was expected and is not in the result, with the reason.
+        rounds: How many rounds the step completed.
+        seconds: From the call to the outcome.
+        bytes_sent: To other peers.
+        bytes_received: From other peers.
     """
 
     averaged: bool

@@ -151,7 +151,7 @@ class _Daemon:
         found, trouble = OnChange(_log, "DHT"), OnChange(_log, "DHT")
         while True:
             status = self._rendezvous.snapshot()
-            found.say(f"{status.peers} other nodes known" if status.peers else "no other node known yet")
+            found.say(f"{status.peers or 'no'} other node{'s' * (status.peers != 1)} known")
             trouble.say(status.problem)
             await trio.sleep(_STATUS_LOG_S)
 

@@ -198,9 +198,7 @@ async def _greet(frames: "_Frames", trainers: Trainers) -> str:
 class _Session:
     """What one connection has asked for so far: at most one seat, and on it at most one step at a time."""
 
-    def __init__(
-        self, frames: "_Frames", trainers: Trainers, label: str, farewells: contextlib.ExitStack
-    ) -> None:
+    def __init__(self, frames: "_Frames", trainers: Trainers, label: str, farewells: contextlib.ExitStack) -> None:
         self._frames = frames
         self._trainers = trainers
         self._label = label

@@ -1,7 +1,5 @@
 """How the documentation is built: `make docs`, offline, warnings are errors."""
 
-from importlib.util import find_spec
-
 from mpd import __version__
 
 project = "mpd"
@@ -12,9 +10,6 @@ version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click"]
 default_role = "code"  # docstrings put names in single backticks
 exclude_patterns = ["examples"]
-if find_spec("mpd.cli") is None:
-    exclude_patterns.append("cli.md")
-    suppress_warnings = ["toc.not_readable"]
 
 html_theme = "furo"
 html_title = f"mpd {version}"

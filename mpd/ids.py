@@ -43,7 +43,6 @@ def show_peer(peer: bytes) -> str:
     return base64.b32encode(peer).decode("ascii").lower()
 
 
-
 @dataclass(frozen=True, slots=True, order=True)
 class Endpoint:
     """A host (name or numeric address, no brackets) and a port from 0 to 65535. Raises ValueError for anything else.

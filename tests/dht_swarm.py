@@ -14,7 +14,7 @@ import trio
 from mpd.daemon.dht import Dht, DhtConfig, open_dht
 from mpd.ids import Endpoint, PeerId
 
-PATIENCE_S = 8.0
+PATIENCE_S = 30.0
 LOOK_AGAIN_S = 0.01
 
 

@@ -1,3 +1,5 @@
+"""The grid is balanced for every number of peers: shapes by exhaustive search, moves by the table."""
+
 import itertools
 import math
 import random

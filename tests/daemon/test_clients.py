@@ -271,22 +271,21 @@ async def test_leaving_is_answered_and_passed_on(client: Client, trainers: Train
 
 
 async def test_who_asked_the_daemon_to_leave_sees_the_end_when_all_is_over(path: Path, trainers: Trainers) -> None:
-    with contextlib.ExitStack() as farewells:
-        with lock_socket(path):
-            async with trio.open_nursery() as nursery:
-                await nursery.start(serve_clients, path, trainers, farewells)
-                async with connected(path) as asks, connected(path) as bystander:
-                    await asks.ask(HELLO)
-                    await bystander.ask(HELLO)
-                    assert await asks.ask(control.Leave()) == control.Leaving()
-                    nursery.cancel_scope.cancel()
-                    with trio.CancelScope(shield=True):
-                        assert await bystander.hear() is None
-                        with trio.move_on_after(0.01) as waiting:
-                            await asks.hear()
-                        assert waiting.cancelled_caught
-                        farewells.close()
-                        assert await asks.hear() is None
+    with contextlib.ExitStack() as farewells, lock_socket(path):
+        async with trio.open_nursery() as nursery, contextlib.AsyncExitStack() as clients:
+            await nursery.start(serve_clients, path, trainers, farewells)
+            asks, bystander = [await clients.enter_async_context(connected(path)) for _ in range(2)]
+            await asks.ask(HELLO)
+            await bystander.ask(HELLO)
+            assert await asks.ask(control.Leave()) == control.Leaving()
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                assert await bystander.hear() is None
+                with trio.move_on_after(0.01) as waiting:
+                    await asks.hear()
+                assert waiting.cancelled_caught
+                farewells.close()
+                assert await asks.hear() is None
 
 
 async def test_frames_may_arrive_byte_by_byte(client: Client) -> None:

@@ -19,7 +19,7 @@ TTL_S = 60.0
 
 def on_one_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     async def run() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(45):
             await test()
 
     asyncio.run(run())

@@ -1,0 +1,154 @@
+"""What people see: tables with everything that is known, sentences where nothing is, and no trick of a stranger's."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mpd.show import show_peers, show_rounds, show_status
+
+ALICE, BOB, CAROL = "a" * 32, "b" * 32, "c" * 32
+HOSTILE = "[bold]x[/] [link=file:///]y :fire: \x1b[2J\r\n\x07 \u202e [/no]"
+SHOWN = "[bold]x[/] [link=file:///]y :fire: ?[2J??? ? [/no]"
+
+RUN: dict[str, Any] = {
+    "name": "my-run", "shape": [3, 4], "key": [1, 2], "phase": 0, "peers": 12, "trainers": 2, "rounds": 7,
+    "bytes": 64 << 20, "tensors": 3, "state": "waiting for 3 of 4 peers", "other_terms": {},
+}  # fmt: skip
+STATUS: dict[str, Any] = {
+    "peer_id": ALICE, "listen": "192.0.2.7:4747", "announce": "192.0.2.7:4747", "reachable": True, "links": 2,
+    "sealed": False, "dht": {"peers": 2, "bootstrap": [], "problem": ""}, "runs": [], "problem": "", "version": "0.1.0",
+    "uptime_s": 3723.4,
+}  # fmt: skip
+ROUND: dict[str, Any] = {
+    "run": "my-run", "number": 3, "round_id": "00" * 16, "averaged": True, "group": [ALICE, BOB, CAROL],
+    "contributors": [ALICE, BOB], "missing": {CAROL: "its link ended"}, "seconds": 0.0514, "bytes_sent": 1000,
+    "bytes_received": 5000, "reason": "one is missing", "at": 1_700_000_000.0,
+}  # fmt: skip
+PEER: dict[str, Any] = {
+    "peer": BOB, "address": "192.0.2.8:4747", "goodput": 3.5 * 2**20, "bytes_sent": 0, "bytes_received": 3 << 30,
+    "rounds": 1,
+}  # fmt: skip
+
+
+def asking(address: str, state: str) -> dict[str, Any]:
+    """Return the `dht` part of a status with one bootstrap address."""
+    return {"peers": 0, "bootstrap": [{"address": address, "state": state}], "problem": ""}
+
+
+def printed(show: Any, answer: Any, width: int = 160, terminal: bool = False) -> str:
+    out = io.StringIO()
+    show(answer, Console(width=width, file=out, force_terminal=terminal))
+    return out.getvalue()
+
+
+def cells(text: str) -> list[list[str]]:
+    """Return the rows of a printed table."""
+    return [
+        [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")]
+        for line in text.splitlines()
+        if line.startswith(("│", "┃"))
+    ]
+
+
+def test_a_quiet_daemon_says_how_to_go_on() -> None:
+    lines = [line.rstrip() for line in printed(show_status, STATUS).splitlines()]
+    assert lines == [
+        f"peer        {ALICE}",
+        "listens on  192.0.2.7:4747",
+        "swarm       2 other daemons known",
+        "links       2 open, in the clear",
+        "up          1 h 2 min, mpd 0.1.0",
+        "",
+        "No trainer is attached. In a training script: mpd.client.connect().averager(...)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"announce": None, "reachable": False}, "192.0.2.7:4747 (outbound only)"),
+        ({"reachable": False}, "192.0.2.7:4747, not yet known to be reachable"),
+        ({"listen": "0.0.0.0:4747"}, "0.0.0.0:4747, announced as 192.0.2.7:4747"),
+        ({"listen": "[fe80::1]:4747", "announce": "[fe80::1]:4747"}, "listens on  [fe80::1]:4747 "),
+        ({"dht": {"peers": 0, "bootstrap": [], "problem": ""}}, "no other daemon known yet"),
+        ({"dht": {"peers": 1, "bootstrap": [], "problem": ""}}, "1 other daemon known"),
+        ({"dht": asking("[fe80::2]:1", "no answer")}, "bootstrap   [fe80::2]:1: no answer"),
+        ({"dht": {"peers": 0, "bootstrap": [], "problem": "the clock is off"}}, "problem     the clock is off"),
+        ({"problem": "the disk is full"}, "problem     the disk is full"),
+        ({"sealed": True}, "2 open, sealed"),
+        ({"uptime_s": 59.9}, "59 s, mpd"),
+        ({"uptime_s": 61}, "1 min 1 s, mpd"),
+    ],
+)  # fmt: skip
+def test_status_says_what_matters(change: dict[str, Any], words: str) -> None:
+    assert words in printed(show_status, STATUS | change)
+
+
+def test_runs_are_a_table() -> None:
+    young = RUN | {"name": "young", "shape": [], "key": [], "bytes": 12, "state": "waiting for a shape"}
+    text = printed(
+        show_status, STATUS | {"runs": [RUN, young | {"other_terms": {BOB: "group_size is 16 here, 8 there"}}]}
+    )
+    assert cells(text) == [
+        ["run", "size", "shape", "key", "peers", "trainers", "rounds", "state"],
+        ["my-run", "64.0 MiB", "3x4", "1,2", "12", "2", "7", "waiting for 3 of 4 peers"],
+        ["young", "12 B", "-", "-", "12", "2", "7", "waiting for a shape"],
+    ]
+    assert text.splitlines()[-1] == f"young: {BOB} uses other terms: group_size is 16 here, 8 there"
+
+
+def test_rounds_are_a_table() -> None:
+    failed = ROUND | {"averaged": False, "contributors": [], "missing": {}, "reason": "no majority"}
+    plain = ROUND | {"reason": "", "contributors": [ALICE, BOB, CAROL], "missing": {}}
+    header, *rows = cells(printed(show_rounds, [ROUND, failed, plain]))
+    assert header == ["at", "run", "group", "averaged", "seconds", "sent", "received", "reason"]
+    group = "aaaaaaaa bbbbbbbb cccccccc"
+    assert [row[1:] for row in rows] == [
+        ["my-run", group, "2 of 3", "0.051", "1000 B", "4.9 KiB", "one is missing; cccccccc: its link ended"],
+        ["my-run", group, "no", "0.051", "1000 B", "4.9 KiB", "no majority"],
+        ["my-run", group, "3 of 3", "0.051", "1000 B", "4.9 KiB", ""],
+    ]
+    assert all(row[0].endswith(":20") for row in rows)  # the second is the same in every time zone
+
+
+def test_peers_are_a_table() -> None:
+    silent = PEER | {"address": "outbound only", "goodput": 0.0}
+    assert cells(printed(show_peers, [PEER, silent])) == [
+        ["peer", "address", "goodput", "sent", "received", "in rounds"],
+        [BOB, "192.0.2.8:4747", "3.5 MiB/s", "0 B", "3.0 GiB", "1"],
+        [BOB, "outbound only", "-", "0 B", "3.0 GiB", "1"],
+    ]
+
+
+def test_nothing_is_said_in_words() -> None:
+    assert printed(show_rounds, []) == "No round has begun yet.\n"
+    assert printed(show_peers, []) == "No link is open. Links open when peers meet in a run.\n"
+
+
+@pytest.mark.parametrize(
+    ("show", "answer"),
+    [
+        (show_status, STATUS | {"problem": HOSTILE}),
+        (show_status, STATUS | {"dht": asking("a:1", HOSTILE)}),
+        (show_status, STATUS | {"dht": {"peers": 0, "bootstrap": [], "problem": HOSTILE}}),
+        (show_status, STATUS | {"runs": [RUN | {"name": HOSTILE}]}),
+        (show_status, STATUS | {"runs": [RUN | {"state": HOSTILE}]}),
+        (show_status, STATUS | {"runs": [RUN | {"other_terms": {BOB: HOSTILE}}]}),
+        (show_rounds, [ROUND | {"run": HOSTILE}]),
+        (show_rounds, [ROUND | {"reason": HOSTILE}]),
+        (show_rounds, [ROUND | {"missing": {CAROL: HOSTILE}}]),
+        (show_peers, [PEER | {"address": HOSTILE}]),
+    ],
+)  # fmt: skip
+def test_what_strangers_write_is_only_text(show: Any, answer: Any) -> None:
+    assert SHOWN in printed(show, answer, width=300)
+    on_a_terminal = printed(show, answer, width=300, terminal=True)
+    assert SHOWN in on_a_terminal
+    assert "\x1b[2J" not in on_a_terminal
+
+
+def test_a_narrow_terminal_gets_it_all_too() -> None:
+    for show, answer in ((show_status, STATUS | {"runs": [RUN]}), (show_rounds, [ROUND]), (show_peers, [PEER])):
+        assert all(len(line) <= 60 for line in printed(show, answer, width=60).splitlines())
