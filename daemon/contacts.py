@@ -1,7 +1,7 @@
 """The peers of one run as people to call: where they are, whether they answered, and what we still have to tell them.
 
 A record in the rendezvous outlives the peer that published it. So whoever could not be reached, or whose link ended, is
-absent until it speaks up, publishes something newer, or a while has passed.
+absent until it speaks up or a new call to it goes through.
 """
 
 from collections.abc import Callable
@@ -63,17 +63,19 @@ class Contacts:
         return self._endpoints.get(peer) is not None
 
     def is_live(self, seen: Seen) -> bool:
-        """Return False if the peer of this record is known to be gone; after a while this calls it again, to find out.
+        """Return False if the peer of this record is known to be gone.
 
-        Nobody waits for the outcome: a peer that is back has a link, or speaks up.
+        It is called again after a while, or if it has published something that we had not seen. Nobody waits for the
+        outcome: if it is back, there is a link the next time.
         """
         absence = self._absent.get(seen.peer)
-        if absence is None or seen.seq > absence.seq:
+        if absence is None:
             return True
         link = self._link(seen.peer)
         if link is not None:
             return link is not absence.link
-        if trio.current_time() - absence.since > _FORGIVE_S:
+        if seen.seq > absence.seq or trio.current_time() - absence.since > _FORGIVE_S:
+            self.note(seen)
             self.call(seen.peer)
         return False
 

@@ -243,13 +243,13 @@ class Link:
                     self._shipments_waiting = trio.Event()
                     await self._shipments_waiting.wait()
                 if self._shipments:
-                    shipment = self._shipments.popleft()
-                    loaded = shipment.load()
-                    if loaded is not None:
-                        await self._ship(shipment, *loaded)
+                    await self._ship(self._shipments.popleft())  # no variable here keeps it alive while we wait
 
-    async def _ship(self, shipment: Shipment, header: bytes, payload: memoryview) -> None:
-        head = memoryview(header)
+    async def _ship(self, shipment: Shipment) -> None:
+        loaded = shipment.load()
+        if loaded is None:
+            return
+        head, payload = memoryview(loaded[0]), loaded[1]
         n_bytes = len(head) + len(payload)
         self._shipping, self._rest = shipment, payload
         try:

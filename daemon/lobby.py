@@ -3,8 +3,8 @@
 A lobby stands in one slot at a time, with a `Matchmaker` that has not begun. It moves to the next slot as soon as a
 round begins, so that by the time a trainer asks again, everybody in the line is known, linked, and has been told who is
 here. Peers are found through the rendezvous and believed on links; a peer that could not be reached is forgotten until
-it speaks up or publishes something newer. On a grid of several axes rounds have numbers, and whoever finds that its line
-has gone on without it goes where most of the line is.
+it speaks up or publishes something newer. On a grid of several axes rounds have numbers, and whoever finds that its
+line has gone on without it goes where most of the line is.
 """
 
 import random
@@ -269,11 +269,11 @@ class Lobby:
         verdict = post.matchmaker.verdict
         if isinstance(verdict, Begun):
             self._services.refuse(RoundId(verdict.begin.round_id))
-            self.fall_back()
         else:
             post.matchmaker.cancel(trio.current_time(), "cancelled by the trainer")
-            self._stand()
-            self._pump(post)  # last, so that nobody waits for a peer that has just changed its mind
+        if self._contacts.nursery is not None:  # else the run ends here, and this was its last stand
+            self._go_to(self.number, self.last_cell if isinstance(verdict, Begun) else self.cell)
+        self._pump(post)  # last, so that nobody waits for a peer that has just changed its mind
 
     def _alone(self, verdict: Alone) -> Alone:
         """Add what this peer knows beyond the slot."""
@@ -327,13 +327,15 @@ class Lobby:
             self._go_to(begin.number + 1, cell)
 
     async def _stay(self) -> None:
-        """There was no group. Perhaps our line has gone on: then we join it there. A cycle goes on in any case."""
+        """There was no group. A cycle goes on all the same; and if our line is somewhere else, we join it there."""
         assert self.record is not None
-        number = await self._roster.find_number(self.record, self.cell, near=self.number)
-        if number is None or number == self.number:
-            is_cycle = self.terms.rounds == "exact" and len(self.shape) > 1
-            number = self.number + 1 if is_cycle else self.number
-        self._go_to(number, self.cell)
+        number, d = self.number, len(self.shape)
+        is_cycle = self.terms.rounds == "exact" and d > 1
+        self._go_to(number + 1 if is_cycle else number, self.cell)
+        found = await self._roster.find_number(self.record, self.cell, near=number)
+        # Who is less than a cycle behind is on its way to us.
+        if found is not None and (found > number or found < number - d):
+            self._go_to(found, self.cell)
 
     def _go_to(self, number: int, cell: Cell) -> None:
         self.number, self.cell = number, cell
@@ -433,7 +435,7 @@ class Lobby:
         post.matchmaker.on_sighted(trio.current_time(), sighting)
 
     def _pump(self, post: _Post) -> None:
-        """Send what the machine has to say. Once a group begins, this peer's stand is the next slot, for all messages."""
+        """Send what the machine has to say. Once a group begins, what else comes is for our stand in the next slot."""
         for action in post.matchmaker.take_actions():
             self._contacts.say(action.peer, action.message)
         verdict = post.matchmaker.verdict

@@ -129,18 +129,20 @@ class Roster:
             rank = sorted([*self.others, self.own]).index(self.own)
         if rank is not None:
             cell = rank_cell(rank, record.shape, record.n_peers)
-            return cell, await self.find_number(record, cell) or 0
+            number = await self.find_number(record, cell, near=0) or 0
+            # In the first cycle other lines may be ahead, but our own waits for us.
+            return cell, number if number >= len(record.shape) else 0
         candidates = sample_cells(self._rng, record.shape)
-        lines = {cell: await self._lines(record, cell) for cell in candidates}
-        number = _most_common((seen for line in lines.values() for seen in line), near=0) or 0
+        lines_of = {cell: await self._lines(record, cell) for cell in candidates}
+        number = _most_common((seen for lines in lines_of.values() for seen in lines), near=0) or 0
         axis = axis_of(number, record.shape)
         counts: Counter[Line] = Counter()
-        for cell, line in lines.items():
-            here = sum(seen.place.number == number for seen in line)
+        for cell, lines in lines_of.items():
+            here = sum(seen.place.number == number for seen in lines)
             counts[line_of(cell, axis)] = max(counts[line_of(cell, axis)], here)
         return emptiest(counts, candidates, axis, self._rng), number
 
-    async def find_number(self, record: ShapeRecord, cell: Cell, near: int = 0) -> int | None:
+    async def find_number(self, record: ShapeRecord, cell: Cell, near: int) -> int | None:
         """Return the number of the round for which most peers of our lines have announced themselves, if any has.
 
         Of two numbers with equally many peers it is the one closer to `near`.

@@ -6,6 +6,7 @@ a cycle of as many rounds as the grid has axes, each starting from the result of
 the result of the last good one stands. Nothing is written to a region that somebody may still read.
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,9 +20,9 @@ from mpd.config import RoundLimits
 from mpd.control import Step, Stepped
 from mpd.errors import LocalError, RoundFailed
 from mpd.grid import Cell
-from mpd.ids import PeerId, show_peer
+from mpd.ids import PeerId, RoundId, show_peer
 from mpd.layout import Terms
-from mpd.mass import Shares, Standing, after, certificate, enter
+from mpd.mass import MAX_MASS, Shares, Standing, after, certificate, enter
 from mpd.matchmaking import Alone
 from mpd.messages import Begin
 from mpd.reduce import AccumulatorPool, combine, members_of
@@ -57,7 +58,9 @@ class TrainerSeat:
         return self.snapshot
 
     async def step(self, request: Step) -> Stepped:
-        """Take part in the run's next step. Cancelled: the trainer takes it back."""
+        """Take part in the run's next step. Cancelled: the trainer takes it back. Raises LocalError if it cannot be."""
+        if request.weight > MAX_MASS:
+            raise LocalError(f"weight is {request.weight:g}: at most {MAX_MASS:g} expected")
         if request.source == "snapshot" and self.snapshot is None:
             raise LocalError("there is no snapshot region yet: ask for one before stepping from it")
         ask = _Ask(self, request)
@@ -170,6 +173,7 @@ class Run:
         """A trainer takes its wish back, or has its answer."""
         if ask in self._asks:
             self._asks.remove(ask)
+            self._wake()
         if ask in self._current:
             self._current.remove(ask)
             if not self._current and self._scope is not None:
@@ -183,18 +187,13 @@ class Run:
 
     async def serve(self) -> None:
         """Do the steps that trainers ask for, until cancelled."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                nursery.start_soon(self.lobby.serve)
-                while True:
-                    while not self._asks:
-                        await self._asked.wait()
-                    await self._step()
-        finally:
-            for _, session in self._lingering:
-                session.cancel("this daemon is leaving")
-            self.out.close()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self.lobby.serve)
+            while True:
+                while not self._asks:
+                    await self._asked.wait()
+                await self._step()
 
     async def _step(self) -> None:
         self.idle = trio.Event()
@@ -202,7 +201,8 @@ class Run:
         with trio.CancelScope() as self._scope:
             try:
                 await self._collect(tally)
-                await self._average(tally)
+                if self._current:
+                    await self._average(tally)
             except (RoundFailed, LocalError) as error:
                 tally.failures.append(str(error))
         if tally.vector is not None and self._current:
@@ -214,9 +214,9 @@ class Run:
         self.idle.set()
 
     async def _collect(self, tally: _Tally) -> None:
-        """Wait for all trainers of this run, one window at most."""
-        with trio.move_on_after(min(self._limits.window_s, self._asks[0].request.timeout_s / 2)):
-            while len({ask.seat for ask in self._asks}) < len(self.seats):
+        """Wait for all trainers of this run, half a window at most: other peers wait for us meanwhile."""
+        with trio.move_on_after(min(self._limits.window_s, self._asks[0].request.timeout_s) / 2):
+            while 0 < len({ask.seat for ask in self._asks}) < len(self.seats):
                 await self._asked.wait()
         self._current, self._asks = self._asks, []
         asked = {ask.seat for ask in self._current}
@@ -235,7 +235,7 @@ class Run:
         weights = [ask.request.weight for ask in asks]
         segments = self.terms.layout.segments
         await trio.to_thread.run_sync(combine, vectors, weights, segments, self._gathered)
-        return self._gathered, sum(weights)
+        return self._gathered, min(sum(weights), MAX_MASS)
 
     async def _average(self, tally: _Tally) -> None:
         deadline = tally.began + min(ask.request.timeout_s for ask in self._current)
@@ -245,8 +245,7 @@ class Run:
         standing: Standing | None = None
         if is_exact:
             self.lobby.start_cycle()
-        n_rounds, done = 1, 0
-        while done < n_rounds:
+        for turn in itertools.count(1):
             entering = standing
 
             def bring(cell: Cell, entering: Standing | None = entering) -> Standing:
@@ -254,21 +253,27 @@ class Run:
 
             verdict = await self.lobby.form(bring, deadline)
             n_rounds = max(1, len(self.lobby.shape)) if is_exact else 1
-            done += 1
+            n_left = -self.lobby.number % n_rounds  # the lobby stands where the next round will be
+            where = "" if n_rounds == 1 else f"round {n_rounds - n_left} of {n_rounds}: "
             if isinstance(verdict, Alone):
-                tally.failures.append(_in_round(done, n_rounds, verdict.reason))
+                tally.failures.append(where + verdict.reason)
                 tally.missing.update((show_peer(peer), why) for peer, why in verdict.missing.items())
-                if is_exact:
-                    self.lobby.skip()
-                continue
-            source = tally.vector if tally.vector is not None else vector
-            session = await self._exchange(verdict.begin, source, n_rounds - done)
-            standing = self._account(tally, session, standing or bring(self.lobby.last_cell), done, n_rounds)
+            else:
+                source = tally.vector if tally.vector is not None else vector
+                session = await self._exchange(verdict.begin, source, n_left)
+                standing = self._account(tally, session, standing or bring(self.lobby.last_cell), where)
+            if not n_left or turn == n_rounds:
+                break
 
     async def _exchange(self, begin: Begin, source: memoryview, rounds_left: int) -> RoundSession:
         """Run one round from `source`; return its session, finished."""
         assert self._nursery is not None
-        target = await self._target(source, rounds_left)
+        try:
+            target = self._target(source, rounds_left)
+        except LocalError:
+            self._sessions.refuse(RoundId(begin.round_id))
+            self.lobby.fall_back()
+            raise
         members = begin.members
         plan = chunks(self.terms.layout.segments, [member.fraction for member in members], begin.chunk_bytes)
         me = [member.peer for member in members].index(self.lobby.own)
@@ -291,7 +296,7 @@ class Run:
             self._sessions.end(session)
             self._lingering = [(view, other) for view, other in self._lingering if other is not session]
 
-    async def _target(self, source: memoryview, rounds_left: int) -> memoryview:
+    def _target(self, source: memoryview, rounds_left: int) -> memoryview:
         """Return where the next result goes: not over its source, and so that the last lands in the out region."""
         out = self.out.view
         if source is out or (rounds_left % 2 == 1 and source is not self._spare):
@@ -300,14 +305,16 @@ class Run:
             target = self._spare
         else:
             target = out
-        for view, session in self._lingering:
-            if view is target:  # it has served long enough: whoever still lacked a chunk is not in this round
-                session.cancel("the memory of this round is needed for the next one")
+        self._reclaim(target)
         return target
 
-    def _account(
-        self, tally: _Tally, session: RoundSession, standing: Standing, done: int, n_rounds: int
-    ) -> Standing | None:
+    def _reclaim(self, view: memoryview) -> None:
+        """End the rounds that still serve others from `view`: it is about to be written."""
+        for other, session in list(self._lingering):
+            if other is view:
+                session.cancel("the memory of this round is needed for the next one")
+
+    def _account(self, tally: _Tally, session: RoundSession, standing: Standing, where: str) -> Standing | None:
         """Add a finished round to the tally; return this peer's standing in the next one."""
         begin, result = session.begin, session.result()
         tally.met = True
@@ -318,7 +325,7 @@ class Run:
         tally.missing.update((show_peer(session.members[i]), why) for i, why in result.missing.items())
         self._remember(session, result)
         if not result.success:
-            tally.failures.append(_in_round(done, n_rounds, result.reason))
+            tally.failures.append(where + result.reason)
             self.lobby.fall_back()
             return standing if standing.seen >= 0 else None
         self.rounds += 1
@@ -365,14 +372,12 @@ class Run:
         """If a trainer is still copying the last result, leave that region to it for good and take a new one."""
         if self.readers:
             old, self.out = self.out, OutRegion(self.terms.layout.n_bytes)
-            for view, session in list(self._lingering):
-                if view is old.view:
-                    session.cancel("the memory of this round is needed for the next one")
-            old.close()
+            old.close()  # rounds that still serve others from it hold it themselves
             self.readers.clear()
 
     def _publish(self, vector: memoryview) -> None:
         if vector is not self.out.view:
+            self._reclaim(self.out.view)
             self.out.view[:] = vector
         self._generation += 1
         self.out.publish(self._generation)
@@ -401,10 +406,6 @@ class Run:
             generation=self._generation if averaged else 0,
             new_out=new_out,
         )
-
-
-def _in_round(done: int, n_rounds: int, reason: str) -> str:
-    return reason if n_rounds == 1 else f"round {done} of {n_rounds}: {reason}"
 
 
 def _reason(tally: _Tally) -> str:

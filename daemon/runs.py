@@ -4,9 +4,12 @@
 to: it looks at each message just far enough to know whose it is.
 """
 
+import functools
 import json
+from collections import deque
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -14,6 +17,7 @@ from mpd.control import Attach, Query
 from mpd.errors import LocalError, PeerError
 from mpd.ids import Endpoint, PeerId, RoundId, show_peer
 from mpd.layout import Layout, Terms
+from mpd.matchmaking import MAX_DETAIL_CHARS
 from mpd.messages import (
     Begin,
     Declined,
@@ -34,7 +38,7 @@ from mpd.wire import Header
 from .links import Landing, Link
 from .lobby import Lobby, LobbyServices
 from .peers import Peers
-from .run import Run, TrainerSeat
+from .run import HISTORY_ROUNDS, Run, TrainerSeat
 from .sessions import Sessions
 
 MAX_RUN_NAME_CHARS = 256
@@ -50,6 +54,8 @@ class Runs:
         self._services = services
         self._sessions = sessions
         self._runs: dict[str, Run] = {}
+        self._past: deque[dict[str, Any]] = deque(maxlen=HISTORY_ROUNDS)  # rounds of runs whose trainers have gone
+        self._turns: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
         self._nursery: trio.Nursery | None = None
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -76,28 +82,39 @@ class Runs:
                 run.out.close()
                 raise
             self._runs[request.run] = run
-            self._nursery.start_soon(self._carry, run)
+            scope = trio.CancelScope()
+            run.vanished = functools.partial(self._end, run, scope)
+            self._nursery.start_soon(self._carry, run, scope)
             return seat
         difference = terms.first_difference(run.terms)
         if difference is not None:
             raise LocalError(f"run {request.run!r} is in use on this daemon with other terms: {difference}")
         return run.sit(label)
 
-    async def _carry(self, run: Run) -> None:
-        with trio.CancelScope() as scope:
-            run.vanished = scope.cancel
-            if run.seats:
-                await run.serve()
-        if self._runs.get(run.name) is run:
-            del self._runs[run.name]
+    async def _carry(self, run: Run, scope: trio.CancelScope) -> None:
+        # A run that ends takes its announcements back before one of the same name makes them anew.
+        turn = self._turns.setdefault(run.name, trio.Lock())
+        try:
+            with scope:
+                async with turn:
+                    await run.serve()
+        finally:
+            run.out.close()
+
+    def _end(self, run: Run, scope: trio.CancelScope) -> None:
+        """The last trainer of `run` has gone: whoever attaches from now on begins afresh."""
+        del self._runs[run.name]
+        self._past.extend(run.history)
+        scope.cancel()
 
     def query(self, query: Query) -> str:
         """Answer "status", "rounds" or "peers" with a JSON text."""
         if query.what == "status":
             return json.dumps({**self.status(), "runs": [self._describe(run) for run in self._runs.values()]})
         if query.what == "rounds":
-            known = [record for run in self._runs.values() for record in run.history if query.run in ("", run.name)]
-            return json.dumps(sorted(known, key=lambda record: record["at"])[-query.last :] if query.last > 0 else [])
+            known = [*self._past, *(record for run in self._runs.values() for record in run.history)]
+            wanted = [record for record in known if query.run in ("", record["run"])]
+            return json.dumps(sorted(wanted, key=lambda record: record["at"])[-query.last :] if query.last > 0 else [])
         if query.what == "peers":
             return json.dumps([vars_of(status) for status in self._services.peers.snapshot()])
         raise LocalError(f"{query.what!r} is nothing to ask for: status, rounds or peers expected")
@@ -187,7 +204,8 @@ class Switchboard:
             case Joined() | Declined() | Disbanded() | Quit():
                 self._to_run(link, message, self.runs.of_slot(message.slot))
             case Goodbye():
-                self.runs.on_gone(link.peer, f"left: {message.reason}" if message.reason else "left")
+                reason = message.reason[:MAX_DETAIL_CHARS]
+                self.runs.on_gone(link.peer, f"left: {reason}" if reason else "left")
             case DialBack():
                 self._nursery.start_soon(self._dial_back, link, message)
             case DialledBack():
@@ -198,8 +216,8 @@ class Switchboard:
     def _to_run(self, link: Link, message: Any, lobby: Lobby | None) -> None:
         if lobby is not None:
             lobby.on_message(link, message)
-        elif isinstance(message, Join):
-            link.send(Declined(message.slot, "not_ready", "no trainer here takes part in that run"))
+        elif isinstance(message, Here | Join):
+            link.send(Quit(message.slot))  # no trainer here takes part in that run
         elif isinstance(message, Begin):
             self.sessions.refuse(RoundId(message.round_id))
 
@@ -210,6 +228,6 @@ class Switchboard:
     def _on_dialled_back(self, answer: DialledBack) -> None:
         if answer.reached and not self.peers.is_reachable:
             self.peers.is_reachable = True
-            self._say(f"reachable from outside at {answer.host}:{self.peers.endpoint.port}")
+            self._say(f"reachable from outside at {self.peers.endpoint}")
         elif not answer.reached:
             self._say("not reachable from outside: this daemon dials others and reduces nothing")

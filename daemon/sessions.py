@@ -244,6 +244,7 @@ class RoundSession:
                 self._part(place)
         for chunk in list(self.landings):
             self._before_write(chunk)
+        self.vault.before_write = lambda chunk: None  # or session and vault would keep each other, and their memory
 
     def _before_write(self, chunk: int) -> None:
         landing = self.landings.pop(chunk, None)

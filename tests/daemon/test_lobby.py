@@ -1,0 +1,764 @@
+"""Lobbies of many daemons in one process: how they find each other, settle a grid, and move on it together."""
+
+import contextlib
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import pytest
+import trio
+from fake_peers import FakeDaemon, Swarm, specs, terms
+from trio.testing import MockClock
+
+from mpd.config import RoundLimits
+from mpd.daemon.lobby import Lobby
+from mpd.daemon.runs import Switchboard
+from mpd.errors import PeerError
+from mpd.grid import Cell, axis_of, line_of, on_grid
+from mpd.ids import PeerId, show_peer
+from mpd.layout import Terms
+from mpd.mass import Shares, Standing, after, certificate, enter
+from mpd.matchmaking import Alone, Begun
+from mpd.messages import Begin, Declined, Goodbye, Here, Join, RunTerms
+from mpd.records import RECORDS, Place
+
+pytestmark = pytest.mark.usefixtures("repeatable")
+
+WINDOW_S = RoundLimits().window_s
+RUN = "run"
+
+
+class OneRun:
+    """What the switchboard needs to know of runs: here there is one."""
+
+    def __init__(self, lobby: Lobby) -> None:
+        self._lobby = lobby
+        self.is_over = False
+
+    def of_name(self, name: str) -> Lobby | None:
+        return self._lobby if name == self._lobby.run and not self.is_over else None
+
+    def of_slot(self, slot: bytes) -> Lobby | None:
+        return self._lobby if self._lobby.stands_in(slot) and not self.is_over else None
+
+    def on_gone(self, peer: PeerId, reason: str) -> None:
+        self._lobby.on_gone(peer, reason)
+
+
+@dataclass
+class Member:
+    """A daemon with one lobby that is being served."""
+
+    swarm: Swarm
+    daemon: FakeDaemon
+    lobby: Lobby
+    scope: trio.CancelScope
+    run: OneRun
+
+    @property
+    def own(self) -> PeerId:
+        return self.daemon.own
+
+    async def ask(self, timeout_s: float = 60.0) -> Begun | Alone:
+        """Do what a step does first."""
+        return await self.lobby.form(lambda cell: enter(1.0, cell), trio.current_time() + timeout_s)
+
+    def detach(self) -> None:
+        """The last trainer of the run leaves, the daemon stays."""
+        self.run.is_over = True
+        self.scope.cancel()
+
+    async def leave(self) -> None:
+        """The daemon leaves with a goodbye; its records stay, as if the rendezvous were slow."""
+        for link in self.daemon.peers.links():
+            link.send(Goodbye("enough"))
+        await sleep(0.05)
+        self.die()
+
+    def die(self, *, silently: bool = False) -> None:
+        """The process is gone; its records stay for their time to live."""
+        self.swarm.hub.kill(self.own, silently=silently)
+        self.daemon.rendezvous.die()
+        self.scope.cancel()
+
+
+def attach(swarm: Swarm, run_terms: Terms | None = None, *, inbound: bool = True) -> Member:
+    daemon = swarm.daemon(inbound=inbound)
+    lobby = Lobby(RUN, run_terms or terms(), daemon.services)
+    run = OneRun(lobby)
+    daemon.switchboard.runs = run  # type: ignore[assignment]
+    scope = trio.CancelScope()
+
+    async def serve() -> None:
+        with scope, contextlib.suppress(ExceptionGroup):  # a dead rendezvous refuses everything
+            await lobby.serve()
+
+    swarm.nursery.start_soon(serve)
+    return Member(swarm, daemon, lobby, scope, run)
+
+
+async def settled(swarm: Swarm, n: int, run_terms: Terms | None = None) -> list[Member]:
+    """Return `n` members whose run has its shape, and who all know each other."""
+    members = [attach(swarm, run_terms) for _ in range(n)]
+    await sleep(2.5)
+    assert len({member.lobby.record for member in members} - {None}) == 1
+    return members
+
+
+async def sleep(seconds: float) -> None:
+    await trio.sleep_until(trio.current_time() + seconds)
+
+
+async def all_ask(members: list[Member], timeout_s: float = 60.0) -> list[Begun | Alone]:
+    verdicts: dict[int, Begun | Alone] = {}
+
+    async def ask(index: int) -> None:
+        verdicts[index] = await members[index].ask(timeout_s)
+
+    async with trio.open_nursery() as nursery:
+        for index in range(len(members)):
+            nursery.start_soon(ask, index)
+    return [verdicts[index] for index in range(len(members))]
+
+
+def group(verdict: Begun | Alone) -> set[PeerId]:
+    assert isinstance(verdict, Begun), verdict
+    return {PeerId(member.peer) for member in verdict.begin.members}
+
+
+def ids(members: list[Member]) -> set[PeerId]:
+    return {member.own for member in members}
+
+
+# ---------------------------------------------------------------------------------------------------------- cold start
+
+
+@pytest.mark.parametrize("group_size", [3, 16])
+@pytest.mark.parametrize("n", range(2, 13))
+async def test_a_cold_start_settles_one_shape_and_the_first_groups_are_full(
+    n: int, group_size: int, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    rng = random.Random(100 * n + group_size)
+    swarm = Swarm(nursery, delay_s=lambda: rng.uniform(0.001, 0.05), look_up_s=lambda: rng.uniform(0.01, 0.2))
+    members: list[Member] = []
+    verdicts: dict[PeerId, Begun | Alone] = {}
+
+    async def come_and_ask(after_s: float) -> None:
+        await sleep(after_s)
+        members.append(attach(swarm, terms(group_size)))
+        me = members[-1]
+        verdicts[me.own] = await me.ask()
+
+    began = trio.current_time()
+    async with trio.open_nursery() as trainers:
+        for _ in range(n):
+            trainers.start_soon(come_and_ask, rng.uniform(0, 0.7))
+    assert trio.current_time() - began < 5.0
+    (record,) = {member.lobby.record for member in members}
+    assert record is not None
+    assert record.n_peers == n
+    assert (len(record.shape) == 1) == (n <= group_size + 2)
+    cells = Counter(member.lobby.last_cell for member in members)
+    assert all(on_grid(cell, record.shape) for cell in cells)
+    assert len(cells) == math.prod(record.shape)
+    for member in members:
+        axis = axis_of(0, record.shape)
+        line = line_of(member.lobby.last_cell, axis)
+        mates = {other.own for other in members if line_of(other.lobby.last_cell, axis) == line}
+        assert group(verdicts[member.own]) == mates
+
+
+async def test_who_comes_while_the_roster_is_not_quiet_is_in_the_record(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = []
+    for _ in range(5):
+        members.append(attach(swarm))
+        await sleep(0.8)
+    await sleep(2)
+    assert {member.lobby.record.n_peers for member in members if member.lobby.record} == {5}
+
+
+async def test_the_shape_outlives_the_peer_that_wrote_it(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 5)
+    members[0].die()
+    await sleep(100)
+    late = attach(swarm)
+    await sleep(3)
+    assert late.lobby.record == members[1].lobby.record
+    assert group((await all_ask([*members[1:], late]))[-1]) == ids([*members[1:], late])
+
+
+async def test_a_lone_lobby_gives_up_after_one_window_and_then_at_once(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    lone = attach(swarm)
+    began = trio.current_time()
+    first = await lone.ask()
+    assert first == Alone("nobody else has announced this run", {})
+    assert trio.current_time() - began == pytest.approx(WINDOW_S, abs=0.2)
+    began = trio.current_time()
+    assert await lone.ask() == first
+    assert trio.current_time() - began < 0.01
+
+
+async def test_company_that_comes_later_is_noticed_by_a_lone_lobby(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    lone = attach(swarm)
+    await lone.ask()
+    await lone.ask()
+    other = attach(swarm)
+    await sleep(3)
+    began = trio.current_time()
+    assert [group(verdict) for verdict in await all_ask([lone, other])] == [ids([lone, other])] * 2
+    assert trio.current_time() - began < 1.5
+
+
+async def test_a_deserted_member_of_a_run_with_a_shape_waits_once_and_meets_the_next_newcomer(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    lone, other = await settled(swarm, 2)
+    other.die()
+    began = trio.current_time()
+    assert isinstance(await lone.ask(), Alone)
+    assert trio.current_time() - began == pytest.approx(WINDOW_S, abs=0.2)
+    began = trio.current_time()
+    assert isinstance(await lone.ask(), Alone)
+    assert trio.current_time() - began < 0.01
+    late = attach(swarm)
+    await sleep(3)
+    assert [group(verdict) for verdict in await all_ask([lone, late])] == [ids([lone, late])] * 2
+
+
+async def test_a_step_that_is_too_short_for_a_shape_says_so(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    one, other = attach(swarm), attach(swarm)
+    verdict = await one.ask(timeout_s=0.5)
+    assert isinstance(verdict, Alone)
+    assert "have not agreed on its shape yet" in verdict.reason
+    assert other.own in verdict.missing
+
+
+# -------------------------------------------------------------------------------------------------------- late joiners
+
+
+@pytest.mark.parametrize("rounds", [1, "exact"])
+@pytest.mark.parametrize(("n", "group_size"), [(4, 16), (9, 3)])
+async def test_a_late_joiner_is_in_a_group_within_two_rounds(
+    n: int, group_size: int, rounds: int | str, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    rng = random.Random(n)
+    swarm = Swarm(nursery, delay_s=lambda: rng.uniform(0.001, 0.02), look_up_s=lambda: rng.uniform(0.01, 0.1))
+    run_terms = terms(group_size, rounds)
+    members = await settled(swarm, n, run_terms)
+    assert all(isinstance(verdict, Begun) for verdict in await all_ask(members))
+    late = attach(swarm, run_terms)
+    await sleep(2)
+    d = len(late.lobby.shape)
+    assert d == (1 if group_size == 16 else 2)
+    for _ in range(2):
+        if rounds == "exact":
+            late.lobby.start_cycle()
+            while members[0].lobby.number < late.lobby.number:
+                await all_ask(members)
+        verdicts = await all_ask([*members, late])
+        if isinstance(verdicts[-1], Begun):
+            break
+    assert len(group(verdicts[-1])) > 1
+    assert group(verdicts[-1]) <= ids([*members, late])
+
+
+@pytest.mark.parametrize("rounds", [1, "exact"])
+async def test_a_peer_whose_trainer_paused_finds_its_line_again(
+    rounds: int | str, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 9, terms(3, rounds))
+    paused, going = members[0], members[1:]
+    await fall_behind(paused, going)
+    await sleep(15)  # it looks who is there even while its trainer asks for nothing
+    if rounds == "exact":
+        for member in members:
+            member.lobby.start_cycle()
+    began = trio.current_time()
+    verdicts = await all_ask(members)
+    assert isinstance(verdicts[0], Begun)
+    assert trio.current_time() - began < WINDOW_S
+
+
+@pytest.mark.parametrize("rounds", [1, "exact"])
+async def test_a_step_that_begins_behind_its_line_catches_up_with_it(
+    rounds: int | str, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 9, terms(3, rounds))
+    paused, going = members[0], members[1:]
+    await fall_behind(paused, going)
+    began = trio.current_time()
+    verdicts = await all_ask(members)
+    assert isinstance(verdicts[0], Begun)
+    assert trio.current_time() - began < WINDOW_S
+    assert {member.lobby.number for member in members} == {paused.lobby.number}
+
+
+async def fall_behind(paused: Member, going: list[Member]) -> None:
+    while any(member.lobby.number < paused.lobby.number + 2 for member in going):
+        await all_ask(going)
+
+
+# ------------------------------------------------------------------------------------------------------- who has gone
+
+
+@pytest.mark.parametrize("silently", [False, True])
+@pytest.mark.parametrize(("n", "group_size"), [(4, 16), (9, 3)])
+async def test_a_dead_peer_is_out_of_the_next_group_at_once(
+    n: int, group_size: int, silently: bool, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, n, terms(group_size))
+    await all_ask(members)
+    members[-1].die(silently=silently)
+    survivors = members[:-1]
+    for _ in range(8):  # also when the dead peer's record is looked at again
+        began = trio.current_time()
+        verdicts = await all_ask(survivors)
+        assert all(isinstance(verdict, Begun) for verdict in verdicts)
+        assert all(members[-1].own not in group(verdict) for verdict in verdicts)
+        assert trio.current_time() - began <= 1.6
+        await sleep(5)
+
+
+@pytest.mark.parametrize(("n", "group_size"), [(4, 16), (9, 3)])
+async def test_a_peer_that_said_goodbye_is_out_of_the_next_group_at_once(
+    n: int, group_size: int, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, n, terms(group_size))
+    await all_ask(members)
+    await members[-1].leave()
+    began = trio.current_time()
+    verdicts = await all_ask(members[:-1])
+    assert all(isinstance(verdict, Begun) and members[-1].own not in group(verdict) for verdict in verdicts)
+    assert trio.current_time() - began <= 1.6
+
+
+async def test_a_peer_that_left_is_named_with_its_own_reason(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    stays, leaves = await settled(swarm, 2)
+    await all_ask([stays, leaves])
+    await leaves.leave()
+    verdict = await stays.ask()
+    assert isinstance(verdict, Alone)
+    assert verdict.missing == {leaves.own: "left: enough"}
+
+
+async def test_absences_are_not_told_for_ever(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    stays, leaves = await settled(swarm, 2)
+    await leaves.leave()
+    await sleep(120)
+    first = await stays.ask()
+    assert isinstance(first, Alone)
+    assert leaves.own in first.missing  # news since the last step
+    assert await stays.ask() == Alone("nobody else has announced this run", {})
+
+
+@pytest.mark.parametrize(("n", "group_size"), [(4, 16), (9, 3)])
+async def test_nobody_waits_for_a_daemon_whose_last_trainer_has_left(
+    n: int, group_size: int, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, n, terms(group_size))
+    await all_ask(members)
+    members[-1].detach()
+    await sleep(0.1)
+    for _ in range(4):
+        began = trio.current_time()
+        verdicts = await all_ask(members[:-1])
+        assert all(isinstance(verdict, Begun) and members[-1].own not in group(verdict) for verdict in verdicts)
+        assert trio.current_time() - began <= 1.6
+
+
+async def test_a_peer_that_comes_back_is_in_the_group_again(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 3)
+    for other in members[1:]:
+        swarm.hub.cut(members[0].own, other.own)
+    await sleep(25)
+    assert [group(verdict) for verdict in await all_ask(members)] == [ids(members)] * 3
+
+
+# --------------------------------------------------------------------------------------------------------------- terms
+
+
+async def test_two_terms_under_one_name_never_meet_and_both_sides_say_why(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    small = [attach(swarm, terms(tensors=specs(4, "layer.weight"))) for _ in range(2)]
+    large = [attach(swarm, terms(tensors=specs(8, "layer.weight"))) for _ in range(2)]
+    verdicts = await all_ask([*small, *large])
+    assert [group(verdict) for verdict in verdicts] == [ids(small)] * 2 + [ids(large)] * 2
+    await sleep(12)
+    for member in small:
+        assert member.lobby.differences == dict.fromkeys(
+            ids(large), "tensor 'layer.weight' is float32[4] here, float32[8] there"
+        )
+    for member in large:
+        assert member.lobby.differences == dict.fromkeys(
+            ids(small), "tensor 'layer.weight' is float32[8] here, float32[4] there"
+        )
+        assert sum("we shall not meet" in line for line in member.daemon.heard) == 2
+
+
+async def test_who_is_alone_with_its_terms_hears_the_difference(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    odd, other = attach(swarm, terms(8)), attach(swarm, terms(16))
+    verdict = await odd.ask()
+    assert isinstance(verdict, Alone)
+    assert verdict.missing == {other.own: "group_size is 8 here, 16 there"}
+    assert verdict.reason.endswith(f"{show_peer(other.own)} uses other terms: group_size is 8 here, 16 there")
+
+
+async def test_a_difference_is_told_again_after_a_cut_and_forgotten_when_the_stranger_has_gone(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    one, other = attach(swarm, terms(8)), attach(swarm, terms(16))
+    await sleep(1)
+    assert other.own in one.lobby.differences
+    swarm.hub.cut(one.own, other.own)
+    await sleep(0.05)
+    assert one.lobby.differences == {}
+    await sleep(25)
+    assert one.own in other.lobby.differences
+    assert other.own in one.lobby.differences
+    other.detach()
+    await sleep(25)
+    assert one.lobby.differences == {}
+
+
+async def test_impossible_terms_end_the_link(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    one, other = await settled(swarm, 2)
+    link = other.daemon.peers.get(one.own)
+    link.send(RunTerms(RUN, specs() * 2, 16, 1, "raw", "mean", answer_me=True))
+    await sleep(0.05)
+    assert not link.up
+    assert "impossible terms" in link.reason
+
+
+# --------------------------------------------------------------------------------------------------------- the grid
+
+
+class Meetings:
+    """A fault-free exchange: whoever brings the last value of a round releases everybody with the weighted mean."""
+
+    def __init__(self) -> None:
+        self._values: dict[bytes, dict[bytes, float]] = {}
+        self._full: dict[bytes, trio.Event] = {}
+
+    async def average(self, begin: Begin, me: PeerId, value: float) -> float:
+        values = self._values.setdefault(begin.round_id, {})
+        full = self._full.setdefault(begin.round_id, trio.Event())
+        values[me] = value
+        if len(values) == len(begin.members):
+            full.set()
+        await full.wait()
+        weights = {member.peer: member.weight for member in begin.members}
+        return math.fsum(weights[peer] * values[peer] for peer in values) / math.fsum(weights.values())
+
+
+async def cycle(member: Member, meetings: Meetings, value: float, weight: float) -> tuple[float, bool, int]:
+    """Do an exact cycle as a run does; return the value, whether it is certified, and of how many peers."""
+    lobby = member.lobby
+    lobby.start_cycle()
+    standing: Standing | None = None
+    certified, heads = False, 0
+    for _ in range(len(lobby.shape)):
+
+        def bring(cell: Cell, standing: Standing | None = standing) -> Standing:
+            return replace(standing, cell=cell) if standing else enter(weight, cell)
+
+        verdict = await lobby.form(bring, trio.current_time() + 30)
+        assert isinstance(verdict, Begun)
+        begin = verdict.begin
+        value = await meetings.average(begin, member.own, value)
+        record = lobby.record
+        assert record is not None
+        shares = Shares(
+            number=begin.number,
+            shape=record.shape,
+            weights=tuple(m.weight for m in begin.members),
+            heads=tuple(m.heads for m in begin.members),
+            whole=begin.whole,
+        )
+        everyone = (1 << len(begin.members)) - 1
+        certified, heads = certificate(shares, everyone)
+        place = [m.peer for m in begin.members].index(member.own)
+        standing = after(standing or bring(lobby.last_cell), place, shares, everyone, begin.round_id, record.n_peers)
+        assert standing.cell == lobby.cell
+        assert lobby.number == begin.number + 1
+    return value, certified, heads
+
+
+@pytest.mark.parametrize("n", [6, 7, 9, 12])
+async def test_every_cycle_on_a_grid_of_two_axes_is_exact(
+    n: int, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    rng = random.Random(n)
+    swarm = Swarm(nursery, delay_s=lambda: rng.uniform(0.001, 0.02), look_up_s=lambda: rng.uniform(0.01, 0.1))
+    members = await settled(swarm, n, terms(3, "exact"))
+    assert len(members[0].lobby.shape) == 2
+    meetings = Meetings()
+    for _ in range(6):
+        values = [rng.gauss(0, 1) for _ in members]
+        weights = [rng.uniform(0.1, 5) for _ in members]
+        mean = math.fsum(v * w for v, w in zip(values, weights, strict=True)) / math.fsum(weights)
+        results: list[tuple[float, bool, int]] = []
+
+        async def average(index: int, values: list[float] = values, weights: list[float] = weights) -> None:
+            await sleep(rng.uniform(0, 0.5))
+            results.append(await cycle(members[index], meetings, values[index], weights[index]))  # noqa: B023
+
+        async with trio.open_nursery() as trainers:
+            for index in range(n):
+                trainers.start_soon(average, index)
+        assert all(certified and heads == n for _, certified, heads in results)
+        assert [value for value, _, _ in results] == pytest.approx([mean] * n, abs=1e-12)
+        assert len({member.lobby.number for member in members}) == 1
+        shape = members[0].lobby.shape
+        assert len({member.lobby.cell for member in members}) == math.prod(shape)
+
+
+async def test_after_a_failed_round_a_peer_keeps_its_old_cell_and_goes_on_with_the_others(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 9, terms(3))
+    for _ in range(6):
+        before = members[0].lobby.cell
+        verdicts = await all_ask(members)
+        assert all(isinstance(verdict, Begun) for verdict in verdicts)
+        members[0].lobby.fall_back()
+        assert members[0].lobby.cell == before
+        assert len({member.lobby.number for member in members}) == 1
+
+
+async def test_a_cycle_goes_on_after_a_round_without_a_group_and_the_next_one_begins_at_its_first_phase(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 9, terms(3, "exact"))
+    lobby = members[0].lobby
+    lobby.start_cycle()
+    assert lobby.number == 0
+    assert isinstance(await members[0].ask(), Alone)
+    assert lobby.number == 1
+    lobby.start_cycle()
+    assert lobby.number == 2
+
+
+async def test_in_one_line_every_round_begins_a_cycle(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 3, terms(16, "exact"))
+    assert isinstance(await members[0].ask(), Alone)
+    members[0].lobby.start_cycle()
+    assert members[0].lobby.number == 0
+    assert [group(verdict) for verdict in await all_ask(members)] == [ids(members)] * 3
+
+
+async def test_whoever_hurries_through_slots_is_announced_where_it_ends_and_nowhere_else(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery, look_up_s=lambda: 0.1)
+    members = await settled(swarm, 9, terms(3))
+    lobby = members[0].lobby
+    for after_s in (0.05, 0, 0.15, 0, 0.05):  # in the middle of announcements, and before any
+        lobby.number += 1
+        lobby.start_cycle()
+        await sleep(after_s)
+    await sleep(2)
+    rendezvous = members[0].daemon.rendezvous
+    places = [RECORDS.decode(record.value) for record in rendezvous._records.values()]
+    stands = [place for place in places if isinstance(place, Place) and place.cell]
+    assert [(place.number, place.cell) for place in stands] == [(lobby.number, lobby.cell)]
+
+
+# ------------------------------------------------------------------------------------------------------- cancellation
+
+
+async def test_a_cancelled_form_leaves_the_lobby_usable(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 3)
+    with trio.move_on_after(1.5) as scope:
+        await members[0].ask()
+    assert scope.cancelled_caught
+    began = trio.current_time()
+    assert [group(verdict) for verdict in await all_ask(members)] == [ids(members)] * 3
+    assert trio.current_time() - began < 0.5
+
+
+async def test_nobody_waits_for_a_peer_whose_trainer_cancelled(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 3)
+    verdicts: list[Begun | Alone] = []
+
+    async def ask(member: Member) -> None:
+        verdicts.append(await member.ask())
+
+    began = trio.current_time()
+    async with trio.open_nursery() as trainers:
+        with trio.move_on_after(1):
+            async with trio.open_nursery() as impatient:
+                impatient.start_soon(members[0].ask)
+                await sleep(0.2)
+                trainers.start_soon(ask, members[1])
+                await sleep(0.2)
+        trainers.start_soon(ask, members[2])
+    assert [group(verdict) for verdict in verdicts] == [ids(members[1:])] * 2
+    assert trio.current_time() - began < 2.5
+
+
+async def test_cancelled_before_there_is_a_shape(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    one, other = attach(swarm), attach(swarm)
+    with trio.move_on_after(0.3) as scope:
+        await one.ask()
+    assert scope.cancelled_caught
+    assert [group(verdict) for verdict in await all_ask([one, other])] == [ids([one, other])] * 2
+
+
+# ------------------------------------------------------------------------------------------------------------ traffic
+
+
+@pytest.mark.parametrize(("n", "group_size"), [(3, 16), (9, 3)])
+async def test_an_idle_lobby_hardly_asks_the_rendezvous(
+    n: int, group_size: int, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, n, terms(group_size))
+    await all_ask(members)
+    await sleep(5)
+    before = [member.daemon.calls for member in members]
+    await sleep(60)
+    calls = [member.daemon.calls - count for member, count in zip(members, before, strict=True)]
+    assert max(calls) <= 20
+    assert min(calls) >= 6  # it does look
+
+
+async def test_a_lone_lobby_does_not_hurry_for_ever(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    lone = attach(swarm)
+    await sleep(20)
+    before = lone.daemon.calls
+    await sleep(60)
+    assert 30 <= lone.daemon.calls - before <= 130
+
+
+async def test_a_warm_round_on_a_grid_costs_few_calls(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 9, terms(3))
+    await all_ask(members)
+    await sleep(1)
+    before = members[0].daemon.calls
+    for _ in range(5):
+        await all_ask(members)
+        await sleep(0.5)
+    assert members[0].daemon.calls - before <= 5 * 4
+
+
+async def test_a_dead_record_is_not_dialled_again_and_again(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    one, other = await settled(swarm, 2)
+    other.die()
+    before = one.daemon.peers.dials
+    await sleep(60)
+    assert one.daemon.peers.dials - before <= 6
+
+
+# ----------------------------------------------------------------------------------------------------- what peers say
+
+
+async def test_a_join_for_a_slot_that_we_have_left_is_declined(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    one, other = await settled(swarm, 2)
+    link = other.daemon.peers.get(one.own)
+    join = Join(RUN, b"?" * 20, other.lobby.terms.digest, 1, 5, 0, enter(1, (0,)), "192.0.2.1", 2, True, 0.0, 10.0)
+    link.send(join)
+    await sleep(0.05)
+    answers = [message for message in link.far.said if isinstance(message, Declined)]
+    assert answers == [Declined(b"?" * 20, "other_number", "the next round here is 0")]
+
+
+async def test_a_begin_that_comes_too_late_is_refused(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 2)
+    one, other = members
+    begin = (await all_ask(members))[0]
+    assert isinstance(begin, Begun)
+    late = replace(begin.begin, round_id=b"l" * 16)
+    other.daemon.peers.get(one.own).send(late)
+    await sleep(0.05)
+    assert one.daemon.refused == [b"l" * 16]
+
+
+async def test_a_begin_that_comes_twice_is_not_refused(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 2)
+    one, other = members
+    verdict = (await all_ask(members))[0]
+    assert isinstance(verdict, Begun)
+    other.daemon.peers.get(one.own).send(verdict.begin)
+    await sleep(0.05)
+    assert one.daemon.refused == []
+
+
+async def test_a_record_with_an_absurd_number_moves_nobody(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 9, terms(3))
+    victim = members[0].lobby
+    assert victim._post is not None
+    liar = swarm.daemon()
+    absurd = Place("192.0.2.9", 9, victim.terms.digest, (1 << 62) - 1, victim.cell)
+    await liar.rendezvous.announce(victim._post.slot, RECORDS.encode(absurd), 3600)
+    await sleep(12)
+    assert isinstance(await members[0].ask(), Alone)
+    assert victim.number < 1000
+
+
+async def test_only_outbound_peers_meet_those_who_can_be_dialled(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = [attach(swarm), attach(swarm, inbound=False), attach(swarm, inbound=False)]
+    verdicts = await all_ask(members)
+    assert [group(verdict) for verdict in verdicts] == [ids(members)] * 3
+    begin = verdicts[0]
+    assert isinstance(begin, Begun)
+    assert {m.peer for m in begin.begin.members if m.fraction > 0} == {members[0].own}
+
+
+async def test_messages_of_other_kinds_are_no_business_of_a_lobby(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    one, other = await settled(swarm, 2)
+    assert isinstance(one.daemon.switchboard, Switchboard)
+    link = one.daemon.peers.get(other.own)
+    slot = one.lobby._post.slot if one.lobby._post else b""
+    with pytest.raises(PeerError):
+        one.lobby.on_message(link, Here("another run", slot, 0, False, 0))
