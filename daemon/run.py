@@ -260,12 +260,12 @@ class Run:
                 tally.missing.update((show_peer(peer), why) for peer, why in verdict.missing.items())
             else:
                 source = tally.vector if tally.vector is not None else vector
-                session = await self._exchange(verdict.begin, source, n_left)
+                session = await self._exchange(verdict.begin, source, n_left, deadline)
                 standing = self._account(tally, session, standing or bring(self.lobby.last_cell), where)
             if not n_left or turn == n_rounds:
                 break
 
-    async def _exchange(self, begin: Begin, source: memoryview, rounds_left: int) -> RoundSession:
+    async def _exchange(self, begin: Begin, source: memoryview, rounds_left: int, deadline: float) -> RoundSession:
         """Run one round from `source`; return its session, finished."""
         assert self._nursery is not None
         try:
@@ -278,7 +278,8 @@ class Run:
         plan = chunks(self.terms.layout.segments, [member.fraction for member in members], begin.chunk_bytes)
         me = [member.peer for member in members].index(self.lobby.own)
         vault = RegionVault(plan, source, target, [member.weight for member in members], me)
-        session = self._sessions.begin(begin, me, vault.use(codec_named(self.terms.codec), self._pool))
+        vault.use(codec_named(self.terms.codec), self._pool)
+        session = self._sessions.begin(begin, me, vault, deadline)
         self._lingering.append((target, session))
         self._nursery.start_soon(self._carry, session)
         try:

@@ -6,6 +6,7 @@ round, or asks the sender for its BEGIN, which may still be on its way from the 
 """
 
 import collections
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import trio
 
 from mpd.errors import PeerError, RoundFailed
-from mpd.exchange import CloseLink, Exchange, Finished, Gone, RoundPlan, Send, SendPiece, SendResult
+from mpd.exchange import CloseLink, Ended, Exchange, Finished, Gone, RoundPlan, Send, SendPiece, SendResult
 from mpd.ids import Endpoint, PeerId, RoundId, peer_id
 from mpd.messages import EXCHANGE, Begin, Scoped, UnknownRound
 from mpd.wire import Header, Kind
@@ -47,18 +48,18 @@ class RoundResult:
 class RoundSession:
     """One round of this daemon."""
 
-    def __init__(self, begin: Begin, me: int, vault: RegionVault, peers: Peers, stages: StagePool) -> None:
+    def __init__(self, begin: Begin, plan: RoundPlan, vault: RegionVault, peers: Peers, stages: StagePool) -> None:
         now = trio.current_time()
         self.begin = begin
         self.round_id = RoundId(begin.round_id)
-        self.me = me
+        self.me = plan.me
         self.vault = vault
         self.members = tuple(peer_id(member.peer) for member in begin.members)
         self.finished = trio.Event()
         self.gone = trio.Event()
         self.bytes_sent = 0
         self.bytes_received = 0
-        self.exchange = Exchange(_plan(begin, me, vault, now), vault, now)
+        self.exchange = Exchange(plan, vault, now)
         self.landings: dict[int, Arrival] = {}  # results being received straight into their slots
         self.stages = stages
         self._began = now
@@ -87,10 +88,13 @@ class RoundSession:
     def result(self) -> RoundResult:
         """Return how the round ended; valid once `finished` is set."""
         machine = self.exchange
-        success = machine.ended is not None and machine.ended.name == "SUCCESS"
+        success = machine.ended is Ended.SUCCESS
+        # Whoever owns every chunk may end with its own values only: true to the rules, but not an average.
+        met_nobody = success and not any(mask & ~(1 << self.me) for mask in machine.chunk_contributors)
+        success = success and not met_nobody
         return RoundResult(
             success=success,
-            reason=machine.reason,
+            reason="nobody else's values arrived" if met_nobody else machine.reason,
             contributors=machine.contributors if success else 0,
             confirmed=machine.confirmed,
             missing=dict(machine.missing),
@@ -274,9 +278,14 @@ class Sessions:
         self._began = trio.Event()
         self._told: tuple[Link, RoundId] | None = None  # who heard last that we take no part in a round
 
-    def begin(self, begin: Begin, me: int, vault: RegionVault) -> RoundSession:
-        """Make a session; whoever waits for this round goes on. The caller runs it and calls `end` afterwards."""
-        session = RoundSession(begin, me, vault, self._peers, self._stages)
+    def begin(self, begin: Begin, me: int, vault: RegionVault, deadline: float = math.inf) -> RoundSession:
+        """Make a session; whoever waits for this round goes on. The caller runs it and calls `end` afterwards.
+
+        The round ends at `deadline` (of this member's step) or when BEGIN says so, whichever comes first.
+        """
+        deadline = min(deadline, trio.current_time() + begin.timeout_s)
+        plan = _plan(begin, me, vault, deadline)
+        session = RoundSession(begin, plan, vault, self._peers, self._stages)
         session.feed(session.exchange.start)  # before anything can arrive for it
         self._sessions[session.round_id] = session
         for link, held in self._take_held(session.round_id):
@@ -364,7 +373,7 @@ class Sessions:
         self._began = trio.Event()
 
 
-def _plan(begin: Begin, me: int, vault: RegionVault, now: float) -> RoundPlan:
+def _plan(begin: Begin, me: int, vault: RegionVault, deadline: float) -> RoundPlan:
     chunks = vault.chunks
     return RoundPlan(
         n_members=len(begin.members),
@@ -372,7 +381,7 @@ def _plan(begin: Begin, me: int, vault: RegionVault, now: float) -> RoundPlan:
         owners=tuple(chunk.owner for chunk in chunks),
         inbound=sum(1 << place for place, member in enumerate(begin.members) if member.inbound),
         senders=sum(1 << place for place, member in enumerate(begin.members) if member.weight > 0),
-        deadline=now + begin.timeout_s,
+        deadline=deadline,
         progress_s=_progress_s(begin),
     )
 

@@ -70,7 +70,7 @@ def compose_begin(
         ),
         whole=share.whole and not left_out,
         chunk_bytes=chunk_bytes_for(payload_bytes, len(peers)),
-        timeout_s=min(ticket.time_left_s for ticket in tickets),
+        timeout_s=max(ticket.time_left_s for ticket in tickets),
         progress_s=progress_s,
         left_out={bytes(peer): why for peer, why in list(left_out.items())[:MAX_LEFT_OUT]},
     )

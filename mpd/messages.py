@@ -259,6 +259,7 @@ class Begin:
 
     The place of a member in `members` is its index in masks, in the schedule and in the key rule. `whole` is the part
     of the certificate that is known before the exchange. `left_out` names announced peers that are not in the group.
+    `timeout_s` is the longest that a member's step may still take; each member also keeps its own deadline.
     """
 
     round_id: bytes

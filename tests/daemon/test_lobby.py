@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import trio
@@ -20,7 +21,7 @@ from mpd.ids import PeerId, show_peer
 from mpd.layout import Terms
 from mpd.mass import Shares, Standing, after, certificate, enter
 from mpd.matchmaking import Alone, Begun
-from mpd.messages import Begin, Declined, Goodbye, Here, Join, RunTerms
+from mpd.messages import Begin, Declined, Goodbye, Here, Join, Quit, RunTerms
 from mpd.records import RECORDS, Place
 
 pytestmark = pytest.mark.usefixtures("repeatable")
@@ -308,6 +309,36 @@ async def test_a_step_that_begins_behind_its_line_catches_up_with_it(
     assert {member.lobby.number for member in members} == {paused.lobby.number}
 
 
+async def test_a_single_record_from_a_later_round_does_not_tear_a_line_apart(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 9, terms(3))
+    lobby = members[0].lobby
+    assert lobby._post is not None
+    assert lobby.company
+    ahead = Place("192.0.2.9", 9, lobby.terms.digest, lobby.number + 2, lobby.cell)
+    await swarm.daemon().rendezvous.announce(lobby._post.slot, RECORDS.encode(ahead), 3600)
+    await sleep(12)
+    assert lobby.number == 0
+    assert all(isinstance(verdict, Begun) for verdict in await all_ask(members))
+
+
+async def test_who_is_a_little_ahead_waits_and_who_is_far_ahead_comes_back(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 9, terms(3))
+    await all_ask(members)
+    early = members[0].lobby
+    for number, then in ((2, 2), (42, 1)):
+        early.number = number - 1
+        early.start_cycle()
+        await sleep(1)
+        assert isinstance(await members[0].ask(), Alone)
+        assert early.number == then
+
+
 async def fall_behind(paused: Member, going: list[Member]) -> None:
     while any(member.lobby.number < paused.lobby.number + 2 for member in going):
         await all_ask(going)
@@ -379,6 +410,7 @@ async def test_nobody_waits_for_a_daemon_whose_last_trainer_has_left(
     await all_ask(members)
     members[-1].detach()
     await sleep(0.1)
+    assert all(members[-1].own not in member.lobby.company for member in members)
     for _ in range(4):
         began = trio.current_time()
         verdicts = await all_ask(members[:-1])
@@ -640,6 +672,37 @@ async def test_cancelled_before_there_is_a_shape(nursery: trio.Nursery, autojump
     assert [group(verdict) for verdict in await all_ask([one, other])] == [ids([one, other])] * 2
 
 
+async def test_a_trainer_that_cancels_just_as_the_group_begins_leaves_the_round(
+    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, 9, terms(3))
+    scopes: dict[PeerId, trio.CancelScope] = {}
+    on_message = Lobby.on_message
+    hit: list[tuple[Member, Begin, Cell]] = []
+
+    def cancel_at_begin(lobby: Lobby, link: Any, message: Any) -> None:
+        if isinstance(message, Begin) and not hit:
+            hit.append((next(member for member in members if member.lobby is lobby), message, lobby.cell))
+            scopes[lobby.own].cancel()
+        on_message(lobby, link, message)
+
+    monkeypatch.setattr(Lobby, "on_message", cancel_at_begin)
+
+    async def ask(member: Member) -> None:
+        with trio.CancelScope() as scopes[member.own]:
+            await member.ask()
+
+    async with trio.open_nursery() as trainers:
+        for member in members:
+            trainers.start_soon(ask, member)
+    ((member, begin, cell),) = hit
+    assert scopes[member.own].cancelled_caught
+    assert member.daemon.refused == [begin.round_id]
+    assert (member.lobby.cell, member.lobby.number) == (cell, 1)
+    assert all(isinstance(verdict, Begun) for verdict in await all_ask(members))
+
+
 # ------------------------------------------------------------------------------------------------------------ traffic
 
 
@@ -702,6 +765,22 @@ async def test_a_join_for_a_slot_that_we_have_left_is_declined(
     await sleep(0.05)
     answers = [message for message in link.far.said if isinstance(message, Declined)]
     assert answers == [Declined(b"?" * 20, "other_number", "the next round here is 0")]
+
+
+async def test_whoever_stands_where_we_are_not_hears_so_and_is_no_company(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    one, other = await settled(swarm, 2)
+    link = other.daemon.peers.get(one.own)
+    link.send(Here(RUN, b"?" * 20, 0, True, 1))
+    await sleep(0.05)
+    assert link.far.said[-1] == Quit(b"?" * 20)
+    assert one.lobby._post is not None
+    link.send(Quit(one.lobby._post.slot))
+    link.send(Here(RUN, one.lobby._post.slot, 7, True, 1))
+    await sleep(0.05)
+    assert one.lobby.company == []
 
 
 async def test_a_begin_that_comes_too_late_is_refused(nursery: trio.Nursery, autojump_clock: MockClock) -> None:

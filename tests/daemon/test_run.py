@@ -391,7 +391,7 @@ class ScriptedSessions:
         self.made: list[ScriptedSession] = []
         self.refused: list[bytes] = []
 
-    def begin(self, begin: Begin, me: int, vault: RegionVault) -> ScriptedSession:
+    def begin(self, begin: Begin, me: int, vault: RegionVault, deadline: float) -> ScriptedSession:
         self.made.append(ScriptedSession(begin, me, vault, self.outcomes.pop(0)))
         return self.made[-1]
 
@@ -546,6 +546,37 @@ async def test_a_result_that_is_copied_into_the_out_region_ends_who_still_serves
     await play.step()
     assert serving.cancelled[0] == "the memory of this round is needed for the next one"
     assert play.values() == {3.0}
+
+
+async def test_the_next_round_ends_who_still_serves_from_the_memory_that_it_needs(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    play = script(nursery, 1, "xx", 1.0, "hangs", rounds=1)
+    await play.step()
+    serving = play.sessions.made[0]
+    assert serving.cancelled == []
+    with trio.move_on_after(1):
+        await play.step()
+    assert serving.cancelled[0] == "the memory of this round is needed for the next one"
+
+
+@pytest.mark.parametrize(("starts_at", "moves", "n_rounds"), [(1, True, 1), (0, False, 2), (1, False, 2)])
+async def test_a_step_ends_with_its_cycle_and_has_at_most_as_many_rounds(
+    starts_at: int, moves: bool, n_rounds: int, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    play = script(nursery, 2, "----")
+    play.lobby.start_cycle = lambda: None  # type: ignore[method-assign]
+    play.lobby.number = starts_at
+    form = play.lobby.form
+
+    async def stay(standing: Callable[[Cell], Standing], deadline: float) -> Begun | Alone:
+        verdict = await form(standing, deadline)
+        play.lobby.number = play.lobby.number if moves else starts_at
+        return verdict
+
+    play.lobby.form = stay  # type: ignore[method-assign]
+    assert not (await play.step()).averaged
+    assert len(play.lobby.standings) == (n_rounds if moves or starts_at else 1)
 
 
 async def test_a_region_left_to_a_slow_reader_goes_on_serving_others(

@@ -444,6 +444,16 @@ async def test_a_group_of_two_that_is_cut_apart_fails_at_once_and_keeps_the_inpu
         s.expect_nothing_left()
 
 
+async def test_an_average_of_oneself_is_not_called_an_average() -> None:
+    async with swarm(2, n_elems=1_000_000, outbound_only=[1]) as pair:
+        begin = pair.begin(chunk_bytes=4 << 20, fractions=[1.0, 0.0])  # one chunk, longer than socket buffers
+        pair.hook = at_record(1, lambda: pair.cut(1), receiver=0, sender=1, kind=Kind.PIECE)
+        await pair.run(begin)
+        assert pair.masks[0] == [0b01] * len(pair.masks[0])
+        assert not pair.results[0].success
+        assert pair.results[0].reason == "nobody else's values arrived"
+
+
 async def test_a_member_that_cannot_be_reached_is_named_and_left_out() -> None:
     async with swarm(4) as s:
         begin = s.begin()
@@ -503,6 +513,17 @@ async def test_a_round_that_nobody_else_begins_ends_in_time(jumping_clock: trio.
 
 
 # -------------------------------------------------------------------------------------------------- who knows the round
+
+
+async def test_each_member_keeps_its_own_deadline(jumping_clock: trio.testing.MockClock) -> None:
+    async with swarm(2, played=[1]) as pair:
+        pair.nodes[1].events.may_read.set()
+        sessions, begin = pair.nodes[0].events.sessions, pair.begin(timeout_s=60.0)
+        pair.nodes[0].events.sessions.begin = lambda *args: Sessions.begin(sessions, *args, trio.current_time() + 5.0)
+        began = trio.current_time()
+        await pair.run(begin, members=[0])
+        assert trio.current_time() - began == pytest.approx(5.0, abs=0.2)
+        assert not pair.results[0].success
 
 
 async def test_whoever_missed_the_beginning_is_told_by_whoever_sends_to_it() -> None:
