@@ -49,6 +49,9 @@ class Shipment(Protocol):
     def load(self) -> tuple[bytes, memoryview] | None:
         """Return header and payload, or None if nobody wants this any more."""
 
+    def n_bytes(self) -> int:
+        """Return how long the record is, header included."""
+
     def sent(self, n_bytes: int) -> None:
         """All `n_bytes` have been handed to the kernel."""
 
@@ -127,6 +130,10 @@ class Link:
     def drop_shipments(self, owner: object) -> None:
         """Forget the queued records of `owner`."""
         self._shipments = collections.deque(s for s in self._shipments if s.owner is not owner)
+
+    def unsent(self, owner: object) -> list[Shipment]:
+        """Return the records of `owner` that have not left yet, or not completely."""
+        return [s for s in (self._shipping, *self._shipments) if s is not None and s.owner is owner]
 
     def detach(self, owner: object, chunk: int | None = None) -> None:
         """Make the record of `owner` that is being sent now independent of its memory, which is about to change."""

@@ -17,7 +17,7 @@ import trio
 from mpd.config import RoundLimits
 from mpd.grid import Cell, ShapeRecord, axis_of, line_of, next_cell, slot, table
 from mpd.grouping import compose_begin
-from mpd.ids import Endpoint, PeerId, RoundId, show_peer
+from mpd.ids import Endpoint, PeerId, RoundId, peer_id, show_peer
 from mpd.layout import Terms
 from mpd.mass import Standing
 from mpd.matchmaking import Alone, Begun, Matchmaker, Sighting
@@ -321,6 +321,12 @@ class Lobby:
         self._begun, self.last_cell = post, self.cell
         place = [member.peer for member in begin.members].index(self.own)
         if len(self.record.shape) == 1:
+            # On a single line they are our company for good, also those that only our leader had met so far.
+            for member in begin.members:
+                if member.peer != self.own:
+                    peer = peer_id(member.peer)
+                    self._contacts.came(peer, Endpoint(member.host, member.port) if member.port else None)
+                    post.company.add(peer)
             self._stand()
         else:
             cell = next_cell(self.cell, begin.number, place, self.record.n_peers, self.record.shape)
@@ -386,6 +392,8 @@ class Lobby:
         if isinstance(message, RunTerms):
             self._on_terms(link, message)
             return
+        if isinstance(message, Begin) and self._is_part_of(message):
+            return  # passed on by a member that had it first; we had it from our leader
         post = next((p for p in (self._post, self._begun) if p is not None and p.slot == message.slot), None)
         if post is None:
             if isinstance(message, Join):

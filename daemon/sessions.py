@@ -64,6 +64,7 @@ class RoundSession:
         self.stages = stages
         self._began = now
         self._seconds = 0.0
+        self._bytes_sent_by_end = 0
         self._peers = peers
         self._links: dict[int, Link] = {}
         self._waiting: dict[int, list[Any]] = {}  # what to send to members that are not linked yet
@@ -99,7 +100,7 @@ class RoundSession:
             confirmed=machine.confirmed,
             missing=dict(machine.missing),
             seconds=self._seconds,
-            bytes_sent=self.bytes_sent,
+            bytes_sent=self._bytes_sent_by_end,
             bytes_received=self.bytes_received,
         )
 
@@ -174,6 +175,10 @@ class RoundSession:
                     self._part(action.to)
                 case Finished():
                     self._seconds = trio.current_time() - self._began
+                    self._bytes_sent_by_end = self.bytes_sent
+                    if action.success:  # the others still get what this member owes them
+                        owed = (record.n_bytes() for link in self._links.values() for record in link.unsent(self))
+                        self._bytes_sent_by_end += sum(owed)
                     self._let_go()
                     self.finished.set()
                 case Gone():

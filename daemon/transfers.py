@@ -112,6 +112,10 @@ class Departure:
         )
         return pack_header(header), payload
 
+    def n_bytes(self) -> int:
+        is_piece, vault = isinstance(self._action, SendPiece), self._session.vault
+        return HEADER_BYTES + len(vault.piece_payload(self.chunk) if is_piece else vault.result_payload(self.chunk))
+
     def sent(self, n_bytes: int) -> None:
         self._session.bytes_sent += n_bytes
 
@@ -126,6 +130,9 @@ class Bye:
 
     def load(self) -> tuple[bytes, memoryview]:
         return pack_header(Header(Kind.BYE, 0, 0, 0, 0, 0, self._round_id, 0)), memoryview(b"")
+
+    def n_bytes(self) -> int:
+        return HEADER_BYTES
 
     def sent(self, n_bytes: int) -> None:
         pass

@@ -209,7 +209,7 @@ def test_the_ticket_and_the_begin_carry_the_time_that_is_left() -> None:
     machine = in_state(LEADING)  # ready at 0.5, followed at 0.6, 60 s each
     machine.on_tick(5.5)
     assert isinstance(machine.verdict, Begun)
-    assert machine.verdict.begin.timeout_s == pytest.approx(55.0)
+    assert machine.verdict.begin.timeout_s == pytest.approx(55.1)
     assert machine.verdict.begin.left_out == {IDLE: "had not asked when the window ended"}
     asking = in_state(SEEKING)
     asking.on_message(2.5, LEADER, here(LEADER))
