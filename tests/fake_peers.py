@@ -84,6 +84,9 @@ class FakeLink:
     def drop_shipments(self, owner: object) -> None:
         self._shipments = deque(s for s in self._shipments if s.owner is not owner)
 
+    def unsent(self, owner: object) -> list[Any]:
+        return [s for s in self._shipments if s.owner is owner]
+
     def detach(self, owner: object, chunk: int | None = None) -> None:
         """Records are copied when they are loaded, so there is nothing to make independent."""
 
