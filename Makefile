@@ -8,14 +8,16 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 FUZZ_EXAMPLES ?= 10000
+FUZZ_SECONDS ?= 10
 SIM_SEEDS ?= 20000
 BIN := .venv/bin
 
-# What reads bytes that others wrote: frames, messages, payloads, records, files.
+# What reads bytes that others wrote: datagrams, frames, messages, payloads, records, certificates, invites, files.
 PARSERS := $(addprefix tests/, \
-	core/test_codecs.py core/test_control.py core/test_ids.py core/test_layout.py core/test_messages.py \
-	core/test_records.py core/test_vocabulary.py core/test_wire.py daemon/test_dht_messages.py \
-	daemon/test_dht_records.py)
+	core/test_admission.py core/test_codecs.py core/test_control.py core/test_identity.py core/test_ids.py \
+	core/test_invites.py core/test_layout.py core/test_messages.py core/test_records.py core/test_revocations.py \
+	core/test_seal.py core/test_vocabulary.py core/test_wire.py daemon/test_dht_gate.py daemon/test_dht_limits.py \
+	daemon/test_dht_messages.py daemon/test_dht_records.py daemon/test_swarm_store.py)
 
 .PHONY: help demo test check format bench fuzz soak docs clean
 .DELETE_ON_ERROR:
@@ -27,7 +29,7 @@ help:
 	@echo 'make format   rewrite the sources in the agreed format'
 	@echo 'make docs     build the documentation into build/docs'
 	@echo 'make bench    measure rounds against other systems'
-	@echo 'make fuzz     try the parsers with FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) inputs per property'
+	@echo 'make fuzz     try FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) inputs per property, search FUZZ_SECONDS=$(FUZZ_SECONDS) per parser'
 	@echo 'make soak     simulate SIM_SEEDS=$(SIM_SEEDS) seeded swarms with faults'
 	@echo 'make clean    remove build/, .venv and caches'
 
@@ -91,6 +93,8 @@ bench: .venv/installed
 fuzz: .venv/installed
 	@echo 'Trying the parsers with $(FUZZ_EXAMPLES) inputs per property.'
 	@MPD_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest --hypothesis-profile=fuzz --timeout=0 $(PARSERS)
+	@echo 'Searching for $(FUZZ_SECONDS) seconds per parser, guided by the branches that inputs reach.'
+	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 soak: .venv/installed
 	@echo 'Simulating $(SIM_SEEDS) swarms.'

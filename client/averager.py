@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from mpd import control
 from mpd.errors import DaemonUnavailable, LocalError, MpdError
-from mpd.layout import Layout
+from mpd.layout import MAX_WEIGHT, Layout
 
 from .attachment import Attachment
 from .outcome import Outcome, outcome_of
@@ -43,7 +43,7 @@ class Averager:
         self._path = path
         self._request = request
         self._tensors = tensors
-        self._weight = _positive("weight", weight)
+        self._weight = _weight(weight)
         self._adopt = adopt
         self._check_finite = check_finite
         self._layout = Layout(request.tensors)
@@ -59,7 +59,7 @@ class Averager:
     def step(self, weight: float | None = None, timeout: float | None = None) -> Outcome:
         """Average now: if the outcome is true, the tensors hold the average; if not, they are untouched.
 
-        weight: of our values in the average; timeout: the longest time the step may take, in seconds (60).
+        weight: of our values in the average, up to 1e8; timeout: the longest time the step may take, in seconds (60).
         Raises LocalError if the tensors cannot be averaged, DaemonUnavailable if the daemon is gone.
         """
         pending = self._begin(weight, timeout, train_on=False)
@@ -91,8 +91,8 @@ class Averager:
 
     def _begin(self, weight: float | None, timeout: float | None, train_on: bool) -> "Pending":
         self._ensure_usable()
-        weight_now = self._weight if weight is None else _positive("weight", weight)
-        timeout_s = STEP_S if timeout is None else _positive("timeout", timeout)
+        weight_now = self._weight if weight is None else _weight(weight)
+        timeout_s = STEP_S if timeout is None else _seconds(timeout)
         for tensor in self._tensors:
             tensor.check()
         if not self._attachment.is_open:
@@ -278,7 +278,13 @@ class Pending:
         return result
 
 
-def _positive(what: str, value: float) -> float:
+def _weight(value: float) -> float:
+    if not 0 < value <= MAX_WEIGHT:
+        raise LocalError(f"weight is {value}: a positive number up to {MAX_WEIGHT:g} expected")
+    return float(value)
+
+
+def _seconds(value: float) -> float:
     if not 0 < value < math.inf:
-        raise LocalError(f"{what} is {value}: a positive finite number expected")
+        raise LocalError(f"timeout is {value}: a positive finite number expected")
     return float(value)

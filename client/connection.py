@@ -9,6 +9,7 @@ import array
 import contextlib
 import os
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -133,7 +134,8 @@ class Connection:
 
     def _connect(self) -> None:
         try:
-            self._sock.settimeout(ANSWER_S)
+            # With a timeout of its own Python would not wait for room in a crowded queue; the kernel does.
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(ANSWER_S))
             self._sock.connect(str(self._path))
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise DaemonUnavailable(f"no daemon answers at {self._path}: start one with `mpd join`") from error
@@ -157,3 +159,7 @@ class Connection:
     def _gone(self) -> DaemonUnavailable:
         self.close()
         return DaemonUnavailable(f"the daemon at {self._path} went away: start it with `mpd join`")
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))

@@ -90,8 +90,11 @@ class Daemon:
             group_size: How many peers should average at once, 2 to 48.
             rounds: Rounds per step: 1, or "exact" for the mean of the whole swarm.
             codec: How values travel: "raw" (as they are), "float16" or "zstd".
-            aggregate: "mean".
-            weight: Of our values in the average, unless a step says otherwise.
+            aggregate: What becomes of the values of a group: "mean", or, where members may be bad, "clip" (centred
+                clipping) or "trimmed" (coordinate-wise trimmed mean); see {ref}`robust-aggregation`. With
+                `rounds="exact"` only "mean".
+            weight: Of our values in the average, unless a step says otherwise: above 0, up to 1e8. With "clip" nobody
+                counts for more than two members of median weight, with "trimmed" all members count alike.
             adopt: Move the parameters into the memory that is shared with the daemon (torch on the CPU), so that
                 nothing is copied on the way in. Other views of their old memory lose touch with them, and processes
                 forked later share them.

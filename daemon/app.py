@@ -6,7 +6,6 @@ round in progress end first, a signal gives it up, and a second signal ends ever
 """
 
 import contextlib
-import functools
 import logging
 import os
 import random
@@ -15,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -22,17 +22,25 @@ import trio
 import mpd
 from mpd.config import DaemonConfig
 from mpd.ids import Endpoint, PeerId, show_peer
+from mpd.seal import NO_SEAL
 
+from .admission import Admitter, Applicant, join_with_invite
+from .budgets import Budgets, raise_descriptor_limit
 from .clients import lock_socket, serve_clients
 from .dht import DhtConfig, open_dht
 from .lobby import LobbyServices
 from .logs import OnChange
+from .lookout import Lookout
+from .news import NewsDesk
 from .peers import Peers
 from .ports import bound, own_address
+from .process import count_regions, keep_memory_private
 from .rendezvous import Rendezvous
+from .renewal import Renewal
 from .runs import Runs, Switchboard
 from .sessions import Sessions
-from .state import PEERS, StateDir, open_state_dir, own_id
+from .state import PEERS, StateDir, open_state_dir
+from .swarm import Swarm, load_swarm
 
 _GOODBYE_S = 0.3  # how long the goodbyes may take to get out
 _LEAVE_S = 60.0  # how long `mpd leave` waits for the round in progress
@@ -44,27 +52,44 @@ _log = logging.getLogger("mpd")
 
 
 async def run_daemon(config: DaemonConfig, ready: Ready = lambda listen, announced, peer: None) -> None:
-    """Run a daemon until it is told to leave. Raises Fatal.
+    """Run a daemon until it is told to leave. Raises Fatal, and LocalError if it was invited in vain.
 
     `ready(listen, announced, peer)` is called once the socket answers: where the daemon listens, the address that
     others are told (port 0: none), and its id.
     """
+    keep_memory_private()
+    raise_descriptor_limit()
     with (
         contextlib.ExitStack() as farewells,  # ends last: whoever asked us to leave may start the next daemon then
         open_state_dir(config.state_dir) as state,
         lock_socket(config.socket),
     ):
-        own = own_id(state.load_key())
+        key = state.load_key()
+        applicant = Applicant(key, time.time, secrets.token_bytes)
+        if config.invite:
+            _log.info("%s", await join_with_invite(state.path, applicant, config.invite))
+        swarm = load_swarm(state.path, key, time.time, secrets.token_bytes)
+        budgets = Budgets()
         with bound(config.net.listen, state) as (tcp, udp, listen):
             dht = DhtConfig(
-                node_id=own,
+                trust=swarm,
                 sock=udp,
-                bootstrap=config.net.bootstrap,
+                bootstrap=tuple(dict.fromkeys((*config.net.bootstrap, *swarm.bootstrap()))),
                 known_peers_file=state.path / PEERS,
+                budgets=budgets,
                 rng=random.SystemRandom(),
             )
-            async with open_dht(dht) as rendezvous:
-                await _Daemon(config, own, rendezvous, state, farewells).run(tcp, listen, ready)
+            async with open_dht(dht) as rendezvous, trio.open_nursery() as background:
+                daemon = _Daemon(config, state, _Identity(swarm, applicant), budgets, rendezvous, background)
+                await daemon.run(tcp, listen, ready, farewells)
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """Who we are, and what asks admitters in our name."""
+
+    swarm: Swarm
+    applicant: Applicant
 
 
 class _Daemon:
@@ -73,69 +98,89 @@ class _Daemon:
     def __init__(
         self,
         config: DaemonConfig,
-        own: PeerId,
-        rendezvous: Rendezvous,
         state: StateDir,
-        farewells: contextlib.ExitStack,
+        identity: _Identity,
+        budgets: Budgets,
+        rendezvous: Rendezvous,
+        background: trio.Nursery,
     ) -> None:
         self._config = config
-        self._own = own
-        self._rendezvous = rendezvous
         self._state = state
-        self._farewells = farewells
+        self._swarm = identity.swarm
+        self._budgets = budgets
+        self._rendezvous = rendezvous
         self._began = trio.current_time()
         self._listen = config.net.listen
         self._patience = trio.CancelScope()  # for the round in progress
-
-    async def run(self, tcp: socket.socket, listen: Endpoint, ready: Ready) -> None:
-        self._listen = listen
-        announced, is_reachable = await own_address(self._config.net, listen)
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async with trio.open_nursery() as background:
-                peers, runs = self._wire(background)
-                peers.endpoint, peers.is_reachable = announced, is_reachable
-                background.start_soon(self._watch_signals, signals, runs.leaving)
-                background.start_soon(self._log_changes)
-                sock = trio.SocketListener(trio.socket.from_stdlib_socket(tcp))
-                listeners = [] if self._config.net.outbound_only else [sock]
-                async with trio.open_nursery() as links:
-                    await links.start(peers.serve, listeners)
-                    async with trio.open_nursery() as rounds:
-                        await rounds.start(runs.serve)
-                        async with trio.open_nursery() as intake:
-                            await intake.start(serve_clients, self._config.socket, runs, self._farewells)
-                            _log.info("peer %s listens on %s", show_peer(self._own), listen)
-                            ready(listen, announced, self._own)
-                            await runs.leaving.wait()
-                            # Trainers hear the outcome of the step in progress before their socket closes.
-                            self._patience.deadline = trio.current_time() + _LEAVE_S
-                            with self._patience:
-                                await runs.wait_idle()
-                            intake.cancel_scope.cancel()
-                        rounds.cancel_scope.cancel()
-                    await peers.say_goodbye("its daemon was told to leave", _GOODBYE_S)
-                    links.cancel_scope.cancel()
-                background.cancel_scope.cancel()
-
-    def _wire(self, background: trio.Nursery) -> tuple[Peers, Runs]:
-        """Make the services and tell them about each other."""
+        self._background = background
+        rng = random.SystemRandom()
         switchboard = Switchboard(background, _log.info)
-        peers = Peers(self._own, secrets.token_bytes(16), switchboard, secrets.token_bytes)
-        sessions = Sessions(peers)
+        self._peers = Peers(self._swarm, secrets.token_bytes(16), switchboard, secrets.token_bytes, _wall_ms, budgets)
+        if config.net.plain_data:
+            self._peers.suites = (NO_SEAL,)
+        self._peers.door.admission = Admitter(self._swarm, time.time, budgets.admissions).serve
+        self._lookout = Lookout(rendezvous, self._peers.probe, rng)
+        self._news = NewsDesk(self._swarm, self._peers, rendezvous, rng)
+        self._renewal = Renewal(self._swarm, self._news.admitters, identity.applicant, rng)
+        sessions = Sessions(self._peers)
         services = LobbyServices(
-            own=self._own,
-            peers=peers,
-            rendezvous=self._rendezvous,
-            limits=self._config.limits,
-            rng=random.SystemRandom(),
-            wall_ms=lambda: time.time_ns() // 1_000_000,
+            own=self._swarm.own,
+            peers=self._peers,
+            rendezvous=rendezvous,
+            limits=config.limits,
+            rng=rng,
+            wall_ms=_wall_ms,
             refuse=sessions.refuse,
             warn=_log.warning,
         )
-        runs = Runs(services, sessions)
-        runs.status = functools.partial(self._status, peers)
-        switchboard.runs, switchboard.sessions, switchboard.peers = runs, sessions, peers
-        return peers, runs
+        self._runs = Runs(services, sessions)
+        self._runs.status = self._status
+        self._runs.role = lambda: self._swarm.role
+        switchboard.runs, switchboard.sessions, switchboard.peers = self._runs, sessions, self._peers
+        switchboard.news = self._news
+
+    async def run(self, tcp: socket.socket, listen: Endpoint, ready: Ready, farewells: contextlib.ExitStack) -> None:
+        self._listen = listen
+        peers, runs = self._peers, self._runs
+        announced, is_certain = await own_address(self._config.net, listen)
+        peers.endpoint, peers.is_reachable = announced, is_certain
+        if announced.port:
+            self._state.remember_announced(announced)
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            self._background.start_soon(self._watch_signals, signals, runs.leaving)
+            self._background.start_soon(self._log_changes)
+            sock = trio.SocketListener(trio.socket.from_stdlib_socket(tcp))
+            listeners = [] if self._config.net.outbound_only else [sock]
+            async with trio.open_nursery() as links:
+                await links.start(peers.serve, listeners)
+                for service in (self._lookout.run, self._news.run, self._renewal.run):
+                    links.start_soon(service)
+                async with trio.open_nursery() as rounds:
+                    await rounds.start(runs.serve)
+                    async with trio.open_nursery() as intake:
+                        await intake.start(serve_clients, self._config.socket, runs, farewells, self._budgets)
+                        self._introduce()
+                        ready(listen, announced, self._swarm.own)
+                        await runs.leaving.wait()
+                        # Trainers hear the outcome of the step in progress before their socket closes.
+                        self._patience.deadline = trio.current_time() + _LEAVE_S
+                        with self._patience:
+                            await runs.wait_idle()
+                        intake.cancel_scope.cancel()
+                    rounds.cancel_scope.cancel()
+                await peers.say_goodbye("its daemon was told to leave", _GOODBYE_S)
+                links.cancel_scope.cancel()
+            self._background.cancel_scope.cancel()
+
+    def _introduce(self) -> None:
+        swarm = self._swarm
+        _log.info("peer %s listens on %s", show_peer(swarm.own), self._listen)
+        if swarm.is_open:
+            _log.warning("this is an open swarm: anyone who reaches it can take part and read its averages")
+        else:
+            _log.info("swarm %s, as %s", swarm.name, swarm.role)
+        if self._config.net.plain_data:
+            _log.warning("tensors travel in the clear: this is for measuring on one machine only")
 
     async def _watch_signals(self, signals: AsyncIterator[int], leaving: trio.Event) -> None:
         async for number in signals:
@@ -149,28 +194,41 @@ class _Daemon:
 
     async def _log_changes(self) -> None:
         found, trouble = OnChange(_log, "DHT"), OnChange(_log, "DHT")
+        ours = OnChange(_log, "swarm")
         while True:
             status = self._rendezvous.snapshot()
             found.say(f"{status.peers or 'no'} other node{'s' * (status.peers != 1)} known")
             trouble.say(status.problem)
+            ours.say(self._problem())
             await trio.sleep(_STATUS_LOG_S)
 
-    def _status(self, peers: Peers) -> dict[str, Any]:
-        dht = self._rendezvous.snapshot()
+    def _problem(self) -> str:
+        """Return what the owner of this machine should know, in sentences."""
+        return "; ".join(filter(None, (self._state.problem, self._news.problem, self._renewal.problem)))
+
+    def _status(self) -> dict[str, Any]:
+        dht, peers = self._rendezvous.snapshot(), self._peers
         return {
-            "peer_id": show_peer(self._own),
+            "peer_id": show_peer(self._swarm.own),
+            "swarm": self._swarm.status(),
             "listen": str(self._listen),
             "announce": str(peers.endpoint) if peers.endpoint.port else None,
             "reachable": peers.is_reachable,
             "socket": str(self._config.socket),
             "dht": {
                 "peers": dht.peers,
-                "bootstrap": [{"address": address, "state": state} for address, state in dht.bootstrap],
+                "bootstrap": [{"address": address, "state": state} for address, state in self._lookout.bootstrap()],
                 "problem": dht.problem,
             },
             "links": len(peers.links()),
-            "sealed": False,
-            "problem": self._state.problem,
+            "suites": list(peers.suites),
+            "budgets": self._budgets.snapshot(),
+            "regions": count_regions(),
+            "problem": self._problem(),
             "version": mpd.__version__,
             "uptime_s": round(trio.current_time() - self._began, 3),
         }
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000

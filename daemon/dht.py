@@ -1,10 +1,10 @@
 """The rendezvous over UDP: a Kademlia node in a thread of its own, seen from trio.
 
-    async with open_dht(DhtConfig(node_id, sock, bootstrap)) as dht:
+    async with open_dht(DhtConfig(trust, sock, bootstrap)) as dht:
         await dht.announce(key, value, ttl_s=60)
 
 It starts at once, whoever is reachable, and keeps looking for the swarm for as long as it is open; until it has found
-one it serves its own records. `dht_node.py` has the node, `dht_protocol.py` the gate that datagrams have to pass.
+one it serves its own records. `dht_node.py` has the node, `dht_gate.py` the gate that datagrams have to pass.
 """
 
 import logging

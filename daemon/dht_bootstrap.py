@@ -21,8 +21,10 @@ from pathlib import Path
 
 from mpd.ids import PEER_ID_BYTES, Endpoint, show_peer
 
-from .dht_protocol import Address, Answer
-from .dht_routing import is_address
+from .dht_calls import Answer
+from .dht_gate import Address
+from .dht_limits import kind_of
+from .rendezvous import NO_ANSWER
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ MAX_PAUSE_S = 10.0
 ANSWERED_PAUSE_S = 60.0
 MAX_ADDRESSES = 4  # of one name
 MAX_KNOWN_PEERS = 64
+
+_NOT_ASKED, _CONNECTED, _OWN = "not asked yet", "connected", "this is our own address"
+_GOOD = (_NOT_ASKED, _CONNECTED, _OWN)
 
 KnownPeer = tuple[str, int, bytes]
 
@@ -55,6 +60,17 @@ class Bootstrap:
         self._rng = rng
         self._lonely = asyncio.Event()
 
+    @property
+    def problem(self) -> str:
+        """A sentence if every entry has been asked and none led anywhere."""
+        states = self.states.values()
+        if not states or any(state.startswith(_GOOD) for state in states):
+            return ""
+        return (
+            "no bootstrap address answers: check that a daemon of this swarm runs there, that UDP reaches it, and that "
+            "this machine's clock is right"
+        )
+
     def wake(self) -> None:
         """Ask everybody again now: the last live contact is gone."""
         self._lonely.set()
@@ -62,7 +78,7 @@ class Bootstrap:
 
     async def keep_asking(self, entry: Endpoint, family: socket.AddressFamily) -> None:
         """Ask `entry` for ever."""
-        self._set_state(entry, "not asked yet")
+        self._set_state(entry, _NOT_ASKED)
         pause_s = MIN_PAUSE_S
         while True:
             answered, sentence = await self._try(entry, family)
@@ -91,8 +107,8 @@ class Bootstrap:
             reply = await self._ping(address)
             if reply is not None:
                 is_own = reply.sender == self._own_id
-                return True, "this is our own address" if is_own else f"connected: {show_peer(reply.sender)}"
-        return False, "unreachable: no answer"
+                return True, _OWN if is_own else f"{_CONNECTED}: {show_peer(reply.sender)}"
+        return False, NO_ANSWER
 
     async def _pause(self, pause_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -114,11 +130,11 @@ async def resolve(entry: Endpoint, family: socket.AddressFamily) -> list[Address
     wanted = socket.AF_INET if family == socket.AF_INET else socket.AF_UNSPEC
     if entry.port == 0:
         raise OSError("port 0 stands for no port")
-    if is_address(entry.host):
+    if kind_of(entry.host) is not None:
         hosts = _look_up(entry.host, wanted, socket.AI_NUMERICHOST)
     else:
         hosts = await _in_thread(lambda: _look_up(entry.host, wanted))
-    usable = [(host, entry.port) for host in dict.fromkeys(hosts) if is_address(host)]
+    usable = [(host, entry.port) for host in dict.fromkeys(hosts) if kind_of(host) is not None]
     if not usable:
         raise OSError("no usable address")
     return usable[:MAX_ADDRESSES]
@@ -197,7 +213,9 @@ def load_known_peers(path: Path) -> list[KnownPeer]:
     try:
         entries = json.loads(text)
         peers = [(host, port, bytes.fromhex(node_id)) for host, port, node_id in entries][:MAX_KNOWN_PEERS]
-        good = all(is_address(h) and type(p) is int and 0 < p < 65536 and len(i) == PEER_ID_BYTES for h, p, i in peers)
+        good = all(
+            kind_of(h) is not None and type(p) is int and 0 < p < 65536 and len(i) == PEER_ID_BYTES for h, p, i in peers
+        )
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a list of known peers") from error
     if not good:

@@ -1,12 +1,8 @@
-"""The asyncio side of the DHT: one node that keeps its own records published and finds those of others.
+"""The asyncio side of the DHT: one node, from its socket to its status.
 
-Publishing and finding are one movement: crawl towards the key and ask the nearest nodes to hold a record, or for the
-records they hold. Their answers name nodes nearer to the key, so no separate lookup goes first, and in a small swarm
-either costs one request to each of the `replicas` nearest nodes.
-
-Holders never pass records on. The publisher repeats its own after a third of their life, and soon after its routing
-table has changed if somebody who should hold one does not. So a record is found shortly after any number of nodes
-joined at once, and is gone one life after its publisher.
+The pieces are elsewhere: `dht_protocol.py` talks, `dht_publish.py` keeps our records published, `dht_lookup.py` finds
+those of others, `dht_bootstrap.py` looks for the swarm. Here they are put together, started and ended, and told of
+each other: when the contacts change, we look around and publish again; when somebody is revoked, he is forgotten.
 """
 
 import asyncio
@@ -16,20 +12,25 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kademlia.network import Server
-from kademlia.node import Node
 
-from mpd.ids import Endpoint, PeerId
+from mpd.ids import Endpoint, peer_id_of
 
+from .budgets import Budgets
 from .dht_bootstrap import Bootstrap, KnownPeers
-from .dht_messages import MAX_NODES, Page
+from .dht_gate import DhtTrust, Gate
+from .dht_limits import Neighbourhood, own_hosts
+from .dht_lookup import PARALLEL, Seeker
+from .dht_messages import MAX_NODES
+from .dht_proof import Proofs
 from .dht_protocol import GuardedProtocol
-from .dht_records import RecordStore, WireRecord, digest_of, valid
+from .dht_publish import Publisher
+from .dht_records import RecordStore
 from .dht_routing import Crawl
 from .rendezvous import Record, RendezvousStatus
 
@@ -40,31 +41,33 @@ log = logging.getLogger(__name__)
 SETTLE_PAUSES_S = (0.3, 2.0)
 REFRESH_S = 60.0
 SAVE_S = 30.0
+WATCH_S = 2.0  # between two looks at revocations, clocks and bootstraps
 GOODBYE_S = 0.5
 BUCKET_SIZE = 20
-PARALLEL = 5  # questions of one crawl in flight
 PINGS_PER_REFRESH = 20
+
+
+def wall_ms() -> int:
+    """Return milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
 
 
 @dataclass(frozen=True)
 class DhtConfig:
-    """What a node needs. `sock` is bound, UDP and non-blocking, and belongs to the node from here on."""
+    """What a node needs. `trust` is who we are.
 
-    node_id: PeerId
+    `sock` is bound, UDP and non-blocking, and belongs to the node from here on. `wall_ms` returns milliseconds since
+    1970; the clocks of a swarm have to agree within half a minute.
+    """
+
+    trust: DhtTrust
     sock: socket.socket
     bootstrap: tuple[Endpoint, ...] = ()
     known_peers_file: Path | None = None
     replicas: int = 5
+    budgets: Budgets = field(default_factory=Budgets)
+    wall_ms: Callable[[], int] = wall_ms
     rng: random.Random = field(default_factory=random.Random)
-
-
-@dataclass
-class _Own:
-    """One of our records, who holds it as it is now, and when it is due again."""
-
-    record: WireRecord
-    holders: set[bytes] = field(default_factory=set)
-    timer: asyncio.TimerHandle | None = None
 
 
 class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
@@ -72,14 +75,14 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
 
     def __init__(self, config: DhtConfig) -> None:
         self._loop = asyncio.get_running_loop()
-        super().__init__(BUCKET_SIZE, PARALLEL, bytes(config.node_id), RecordStore(self._loop.time))
-        self.status = RendezvousStatus(peers=0)
-        self.refused: Counter[str] = Counter()
         self._config = config
+        self.refused: Counter[str] = Counter()
+        self._proofs = Proofs(config.trust, self._loop.time)
+        self._gate = Gate(config.trust, config.wall_ms, self._loop.time, config.budgets, self.refused)
+        storage = RecordStore(config.wall_ms, config.budgets, self._proofs.is_genuine)
+        super().__init__(BUCKET_SIZE, PARALLEL, self._proofs.own_id, storage)
+        self.status = RendezvousStatus(peers=0)
         self._is_open = True
-        self._own: dict[bytes, _Own] = {}
-        # A restarted publisher has to beat what it published in its last life: the one use of the wall clock.
-        self._seq = time.time_ns() // 1_000_000
         self._tasks: set[asyncio.Task[None]] = set()
         self._settling: asyncio.TimerHandle | None = None
         self._settle_pauses_s: list[float] = []
@@ -89,7 +92,17 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
     # life
 
     def _create_protocol(self) -> GuardedProtocol:
-        return GuardedProtocol(self.node, self.storage, self.ksize, self.refused, self._on_contacts_changed)
+        config = self._config
+        neighbourhood = Neighbourhood(config.trust.is_open, own_hosts(config.sock))
+        return GuardedProtocol(
+            config.trust,
+            self._gate,
+            self._proofs,
+            self.storage,
+            neighbourhood,
+            self.refused,
+            self._on_contacts_changed,
+        )
 
     async def start(self) -> None:
         """Open the socket and begin to look for the swarm. Does not wait for anybody."""
@@ -98,31 +111,39 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
         self.transport, self.protocol = await self._loop.create_datagram_endpoint(
             self._create_protocol, sock=config.sock
         )
+        self._publisher = Publisher(
+            self.protocol, self._proofs, config.wall_ms, config.replicas, config.rng, self._spawn
+        )
+        self._seeker = Seeker(self.protocol, self._proofs, config.wall_ms, config.replicas, self.refused)
         self._bootstrap = Bootstrap(self.node.id, self.protocol.ping, self._publish_status, config.rng)
         self._spawn(self._bootstrap.ask_known(self._known_peers.load(), lambda: len(self.protocol.router.contacts)))
         for entry in dict.fromkeys(config.bootstrap):
             self._spawn(self._bootstrap.keep_asking(entry, config.sock.family))
         self._spawn(self._refresh_for_ever())
+        self._spawn(self._watch_for_ever())
         self._spawn(self._save_for_ever())
 
     async def close(self) -> None:
         """Withdraw our records, as far as half a second reaches, and leave nothing running."""
         self._is_open = False
+        if self._settling is not None:
+            self._settling.cancel()
         try:
             async with asyncio.timeout(GOODBYE_S):
-                await asyncio.gather(*(self.withdraw(key) for key in list(self._own)))
+                await self._publisher.withdraw_all()
         except TimeoutError:
             log.debug("dht: closed before everybody had heard the goodbye")
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            if self._settling is not None:
-                self._settling.cancel()
-            await self.protocol.close()
+            await self.protocol.close(self._config.wall_ms())
         await self._save()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        if not self._is_open:
+            work.close()
+            return
         self._tasks.add(task := self._loop.create_task(work))
         task.add_done_callback(self._on_task_done)
 
@@ -139,98 +160,25 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
 
     async def announce(self, key: bytes, value: bytes, ttl_s: float) -> None:
         """Publish our record under `key`, and keep it published from now on."""
-        self._forget(key)
-        own = self._own[key] = _Own(WireRecord(self.node.id, self._next_seq(), int(ttl_s * 1000), value))
-        await self._publish(key, own)
+        await self._publisher.announce(key, value, ttl_s)
 
     async def withdraw(self, key: bytes) -> None:
-        """Replace our record under `key` by a tombstone that outlives it."""
-        own = self._forget(key)
-        if own is None:
-            return
-        tombstone = WireRecord(self.node.id, self._next_seq(), own.record.ttl_ms, b"")
-        self.storage.put(key, tombstone)
-        told = await self._store(key, tombstone)
-        contacts = self.protocol.router.contacts
-        others = [contacts[holder] for holder in own.holders - told if holder in contacts]
-        await asyncio.gather(*(self.protocol.call_store(node, key, tombstone) for node in others))
+        """Take our record under `key` back."""
+        await self._publisher.withdraw(key)
 
     async def seek(self, key: bytes) -> tuple[Record, ...]:
-        """Return the union of what the nearest nodes hold under `key`, newest record of each publisher."""
-        crawl = self._crawl(key, lambda node: self.protocol.call_find_records(node, key, b""))
-        pages: dict[Any, Page] = await crawl.find()
-        rest = await self._turn_pages(key, pages)
-        found: dict[bytes, WireRecord] = {}
-        for record in (
-            *self.storage.records(key),
-            *rest,
-            *(record for page in pages.values() for record in page.records),
-        ):
-            best = found.get(record.publisher)
-            if valid(record) and (best is None or (record.seq, record.ttl_ms) > (best.seq, best.ttl_ms)):
-                found[record.publisher] = record
-        found.pop(self.node.id, None)  # nobody knows better than we do what we say
-        if (own := self._own.get(key)) is not None:
-            found[self.node.id] = own.record
-        return tuple(
-            Record(PeerId(record.publisher), record.value, record.seq, record.ttl_ms / 1000)
-            for _, record in sorted(found.items())
+        """Return the newest record of each publisher that anybody who should hold records under `key` has."""
+        found = await self._seeker.seek(key)
+        found.pop(self._config.trust.public_key, None)  # nobody knows better than we do what we say
+        if (own := self._publisher.record(key)) is not None:
+            found[own.public_key] = own
+        now_ms = self._config.wall_ms()
+        live = (
+            Record(peer_id_of(each), record.value, record.seq, (record.expires_at_ms - now_ms) / 1000)
+            for each, record in found.items()
             if record.value
         )
-
-    async def _turn_pages(self, key: bytes, first: dict[Any, Page]) -> list[WireRecord]:
-        """Read what did not fit on the first pages. Nodes whose sets have the same digest are read once."""
-        by_digest: dict[bytes, list[Any]] = {}
-        for node, page in first.items():
-            if page.more:
-                by_digest.setdefault(page.digest, []).append(node)
-        read = await asyncio.gather(*(self._read_one(key, digest, nodes, first) for digest, nodes in by_digest.items()))
-        return [record for records in read for record in records]
-
-    async def _read_one(
-        self, key: bytes, digest: bytes, nodes: Iterable[Any], first: dict[Any, Page]
-    ) -> list[WireRecord]:
-        everything: list[WireRecord] = []
-        for node in nodes:
-            records, page = list(first[node].records), first[node]
-            while page.more and page.records:
-                after = page.records[-1].publisher
-                page = await self.protocol.call_find_records(node, key, after)
-                if page is None or not page.records or page.records[0].publisher <= after:
-                    break
-                records += page.records
-            everything += records
-            if digest_of(records) == digest:
-                break  # this node really holds the set it named, so the others have nothing to add
-        return everything
-
-    async def _publish(self, key: bytes, own: _Own) -> None:
-        if self._own.get(key) is not own:
-            return  # withdrawn or replaced since this was decided
-        if own.timer is not None:
-            own.timer.cancel()
-        due_s = own.record.ttl_ms / 3000 * self._config.rng.uniform(0.9, 1.0)
-        own.timer = self._loop.call_later(due_s, lambda: self._spawn(self._publish(key, own)))
-        self.storage.put(key, own.record)
-        own.holders |= await self._store(key, own.record)
-
-    async def _store(self, key: bytes, record: WireRecord) -> set[bytes]:
-        """Have the nearest nodes hold `record`. Return the ids of those that do."""
-        crawl = self._crawl(key, lambda node: self.protocol.call_store(node, key, record))
-        return {node.id for node, reply in (await crawl.find()).items() if reply.held}
-
-    def _crawl(self, key: bytes, ask: Any) -> Crawl:
-        return Crawl(self.protocol, Node(key), self._config.replicas, PARALLEL, ask)
-
-    def _forget(self, key: bytes) -> _Own | None:
-        own = self._own.pop(key, None)
-        if own is not None and own.timer is not None:
-            own.timer.cancel()
-        return own
-
-    def _next_seq(self) -> int:
-        self._seq += 1
-        return self._seq
+        return tuple(sorted(live, key=lambda record: record.publisher))
 
     # neighbours
 
@@ -238,8 +186,7 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
         contacts = self.protocol.router.contacts
         if not contacts:
             self._bootstrap.wake()
-        for own in self._own.values():
-            own.holders &= contacts.keys()
+        self._publisher.contacts_changed()
         self._settle_pauses_s = [0.0, *SETTLE_PAUSES_S] if len(contacts) == 1 else [*SETTLE_PAUSES_S]
         self._settle_later()
         self._publish_status()
@@ -253,10 +200,7 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
         self._settle_later()
         if self.protocol.router.contacts:
             self._spawn(self._find_neighbourhood())
-        for key, own in self._own.items():
-            nearest = self.protocol.router.find_neighbors(Node(key), self._config.replicas)
-            if any(node.id not in own.holders for node in nearest):
-                self._spawn(self._publish(key, own))
+        self._publisher.settle()
 
     async def _find_neighbourhood(self) -> None:
         """Meet the nodes around us; the crawl puts whoever answers into the table."""
@@ -267,10 +211,17 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
         while True:
             await asyncio.sleep(REFRESH_S * self._config.rng.uniform(0.8, 1.2))
             contacts = self.protocol.router.contacts.values()
-            silent = [node for node in contacts if self.protocol.silent_for(node) >= REFRESH_S]
-            silent.sort(key=self.protocol.silent_for, reverse=True)
+            silent = [node for node in contacts if self.protocol.contacts.silent_for(node) >= REFRESH_S]
+            silent.sort(key=self.protocol.contacts.silent_for, reverse=True)
             await asyncio.gather(*(self.protocol.call_ping(node) for node in silent[:PINGS_PER_REFRESH]))
             await self._find_neighbourhood()
+
+    async def _watch_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if not self._config.trust.is_open:
+                self.protocol.drop_revoked()
+            self._publish_status()
 
     # status
 
@@ -288,10 +239,13 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
         self._publish_status()
 
     def _publish_status(self) -> None:
+        problems = [self._problem, self._gate.problem]
+        if not self.protocol.router.contacts:
+            problems.append(self._bootstrap.problem)
         self.status = RendezvousStatus(
             peers=len(self.protocol.router.contacts),
             bootstrap=tuple(self._bootstrap.states.items()),
-            problem=self._problem,
+            problem="; ".join(filter(None, problems)),
         )
 
 

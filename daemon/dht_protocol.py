@@ -1,54 +1,33 @@
 """One UDP socket of the DHT: kademlia's protocol behind a gate.
 
-Everything that arrives is decoded by type before anything looks at it; the rest is counted by reason and dropped
-without a reply. A reply counts only if it comes from the address that was asked, and only if the node that was asked
-is still the one that lives there. A request is sent a second time after `patience_s`, for lost packets, and given up
-after a second.
+Everything that arrives passes the gate (`dht_gate.py`), is decoded by type, and is counted by reason and dropped
+without a reply where it does not fit. What this node asks is in `dht_calls.py`, whom it counts on in `dht_contacts.py`;
+here is what it answers, and what it makes of the answers of others.
 
-A node enters the routing table once it has answered us, never because a datagram claims to be from it: an unknown
-sender is pinged first. It leaves after two failures in a row. A known id at a new address moves there only when the
-old address no longer answers.
+Only a node that has proved its key is asked for anything; one that others named is asked for its proof first.
 """
 
-import asyncio
 import logging
-import os
 from collections import Counter
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from kademlia.node import Node
 from kademlia.protocol import KademliaProtocol
 
+from mpd.ids import peer_id_of
+
 from . import dht_messages as m
+from .dht_calls import Answer, Call, Calls, then
+from .dht_contacts import Contacts
+from .dht_gate import MAX_DATAGRAM_BYTES, MESSAGE_ID_BYTES, REPLY, REQUEST, Address, DhtTrust, Gate
+from .dht_limits import LOOPBACK, Neighbourhood, kind_of
+from .dht_proof import Proofs
 from .dht_records import RecordStore, WireRecord
 from .dht_routing import ContactTable
 
 log = logging.getLogger(__name__)
-
-REQUEST_TIMEOUT_S = 1.0
-MIN_PATIENCE_S = 0.25
-SHUN_S = 10.0  # how long a node that did not answer is not asked again just because others still name it
-MAX_SHUNNED = 1000
-MAX_CHECKS = 64  # unknown senders being pinged at one time
-
-Address = tuple[str, int]
-Answer = asyncio.Future[Any]  # of a reply, or of None where none came
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A request on its way. `node_id` is who should answer, None for whoever lives at that address."""
-
-    answer: Answer
-    timer: asyncio.TimerHandle
-    address: Address
-    node_id: bytes | None
-    decoder: msgspec.msgpack.Decoder[Any]
-    datagram: bytes
-    sent_at: float
 
 
 class GuardedProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia has no annotations
@@ -58,18 +37,27 @@ class GuardedProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia has n
     """
 
     def __init__(
-        self, source_node: Any, storage: RecordStore, ksize: int, refused: Counter[str], on_change: Callable[[], None]
+        self,
+        trust: DhtTrust,
+        gate: Gate,
+        proofs: Proofs,
+        storage: RecordStore,
+        neighbourhood: Neighbourhood,
+        refused: Counter[str],
+        on_change: Callable[[], None],
+        ksize: int = 20,
     ) -> None:
-        super().__init__(source_node, storage, ksize)
-        self.router = ContactTable(self, ksize, source_node)
+        super().__init__(Node(proofs.own_id), storage, ksize)
+        self.router = ContactTable(self, ksize, self.source_node)
         self.refused = refused
-        self._on_change = on_change
-        self._loop = asyncio.get_running_loop()
-        self._heard_at: dict[bytes, float] = {}
-        self._failed_at: dict[bytes, float] = {}
-        self._shunned_until: dict[bytes, float] = {}
-        self._checks: dict[bytes, asyncio.Task[None]] = {}
-        self._rtt_s = 0.0
+        self.neighbourhood = neighbourhood
+        self.contacts = Contacts(self.router, neighbourhood, self._ping_node, refused, on_change)
+        self.calls = Calls(gate, self._send, self._judge, refused)
+        self._trust = trust
+        self._gate = gate
+        self._proofs = proofs
+        self._pings: dict[tuple[bytes, Address], Answer] = {}
+        self._own_address: Address = ("", 0)
         self._maps_v4 = False
 
     def __getattr__(self, name: str) -> Any:
@@ -78,230 +66,210 @@ class GuardedProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia has n
 
     @property
     def patience_s(self) -> float:
-        """How long to wait for a node before going on without it: twice the slowest recent round trip, bounded."""
-        return min(max(2 * self._rtt_s, MIN_PATIENCE_S), REQUEST_TIMEOUT_S)
+        return self.calls.patience_s
+
+    def has_proved(self, node: Any) -> bool:
+        return self.contacts.has_proved(node)
+
+    def shuns(self, node_id: bytes) -> bool:
+        return self.contacts.shuns(node_id)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._maps_v4 = len(transport.get_extra_info("sockname")) == 4
+        sockname = transport.get_extra_info("sockname")
+        self._own_address = (sockname[0], sockname[1])
+        self._maps_v4 = len(sockname) == 4
 
-    async def close(self) -> None:
-        """Tell the contacts, close the socket, and end everything that waits for an answer."""
-        goodbye = m.REQUEST + os.urandom(m.MESSAGE_ID_BYTES) + m.encode(m.Leave(self.source_node.id))
-        for node in self.router.contacts.values():
-            self._send(goodbye, (node.ip, node.port))
+    async def close(self, at_ms: int) -> None:
+        """Tell the contacts that we leave at `at_ms`, close the socket, and end everything that waits."""
+        if self.router.contacts:
+            own_id, public_key = self.source_node.id, self._trust.public_key
+            goodbye = m.encode_request(m.Leave(own_id, b"", at_ms, public_key, self._proofs.sign_goodbye(at_ms)))
+            datagram = self._gate.seal(REQUEST, bytes(MESSAGE_ID_BYTES), goodbye)
+            for node in self.router.contacts.values():
+                self._send(datagram, (node.ip, node.port))
         self.transport.close()
-        checks = list(self._checks.values())
-        for check in checks:
-            check.cancel()
-        await asyncio.gather(*checks, return_exceptions=True)
-        for pending in self._outstanding.values():
-            pending.timer.cancel()
-            pending.answer.cancel()
-        self._outstanding.clear()
+        await self.contacts.close()
+        self.calls.close()
 
-    def silent_for(self, node: Any) -> float:
-        """Return for how many seconds nothing was heard from a contact."""
-        return self._loop.time() - self._heard_at.get(node.id, 0.0)
-
-    def shuns(self, node_id: bytes) -> bool:
-        """True if this node has just failed to answer us and has not been heard of since."""
-        return self._shunned_until.get(node_id, 0.0) > self._loop.time()
+    def drop_revoked(self) -> None:
+        """Forget everybody who is no longer a member."""
+        for node in list(self.router.everyone()):
+            if self._trust.is_revoked(node.id):
+                self.contacts.forget(node.id)
+        self.storage.drop_publishers(self._proofs.is_revoked)
 
     # asking
 
     def ping(self, address: Address) -> Answer:
-        """Ask who lives at `address`."""
-        return self._ask(address, None, m.Ping(self.source_node.id))
+        """Ask who lives at `address`, which we were told to ask."""
+        self.neighbourhood.learn(address[0])
+        return self._ping(address, None, repeat=True)
 
     def call_ping(self, node: Any) -> Answer:
-        return self._ask((node.ip, node.port), node.id, m.Ping(self.source_node.id))
+        return self._ping_node(node, repeat=True)
 
     def call_find_node(self, node: Any, target: Any) -> Answer:
-        return self._ask((node.ip, node.port), node.id, m.FindNode(self.source_node.id, target.id))
+        return self._ask(node, m.FindNode(self.source_node.id, node.id, target.id))
 
-    def call_find_records(self, node: Any, key: bytes, after: bytes) -> Answer:
-        return self._ask((node.ip, node.port), node.id, m.FindRecords(self.source_node.id, key, after))
+    def call_find_records(self, node: Any, key: bytes, salt: int, after: bytes) -> Answer:
+        return self._ask(node, m.FindRecords(self.source_node.id, node.id, key, salt, after))
 
-    def call_store(self, node: Any, key: bytes, record: WireRecord) -> Answer:
-        return self._ask((node.ip, node.port), node.id, m.Store(self.source_node.id, key, record))
+    def call_introduce(self, node: Any, public_key: bytes) -> Answer:
+        return self._ask(node, m.Introduce(self.source_node.id, node.id, public_key))
 
-    def _ask(self, address: Address, node_id: bytes | None, request: m.Request) -> Answer:
-        message_id = os.urandom(m.MESSAGE_ID_BYTES)
-        datagram = m.REQUEST + message_id + m.encode(request)
-        answer: Answer = self._loop.create_future()
-        timer = self._loop.call_later(self.patience_s, self._send_again, message_id)
-        self._outstanding[message_id] = _Pending(
-            answer, timer, address, node_id, m.reply_decoders[type(request)], datagram, self._loop.time()
-        )
-        self._send(datagram, address)
+    def call_store(self, node: Any, key: bytes, salt: int, record: WireRecord) -> Answer:
+        """Ask `node` to hold our record. To one that does not know us we introduce ourselves, and ask again."""
+        store = m.Store(self.source_node.id, node.id, key, salt, record)
+
+        def once_more(reply: m.Stored | None) -> Any:
+            if reply is None or reply.held or reply.knows:
+                return reply
+            return then(self.call_ping(node), lambda home: None if home is None else self._ask(node, store))
+
+        return then(self._ask(node, store), once_more)
+
+    def _ask(self, node: Any, request: m.Request) -> Answer:
+        if self.has_proved(node):
+            return self.calls.ask((node.ip, node.port), node.id, request)
+        home = self._ping_node(node, repeat=False)
+        return then(home, lambda it: None if it is None else self.calls.ask((node.ip, node.port), node.id, request))
+
+    def _ping_node(self, node: Any, repeat: bool) -> Answer:
+        """Ask `node` for its proof, once at a time."""
+        where = (node.id, (node.ip, node.port))
+        if (answer := self._pings.get(where)) is None or answer.done():
+            answer = self._pings[where] = self._ping((node.ip, node.port), node.id, repeat)
+            answer.add_done_callback(lambda _: self._pings.pop(where, None))
         return answer
+
+    def _ping(self, address: Address, node_id: bytes | None, repeat: bool) -> Answer:
+        ping = m.Ping(self.source_node.id, node_id or b"", self._trust.public_key, list(self._trust.chain()))
+        return self.calls.ask(address, node_id, ping, repeat)
 
     def _send(self, datagram: bytes, address: Address) -> None:
         if self.transport.is_closing():
             return
+        if len(datagram) > MAX_DATAGRAM_BYTES:
+            self.refused["too long to send"] += 1
+            return
         host, port = address
         self.transport.sendto(datagram, (f"::ffff:{host}" if self._maps_v4 and ":" not in host else host, port))
 
-    def _send_again(self, message_id: bytes) -> None:
-        pending = self._outstanding[message_id]
-        left_s = max(0.0, pending.sent_at + REQUEST_TIMEOUT_S - self._loop.time())
-        pending.timer = self._loop.call_later(left_s, self._timeout, message_id)
-        self._send(pending.datagram, pending.address)
+    def _judge(self, call: Call, reply: m.AnyReply | None) -> m.AnyReply | None:
+        if reply is None:
+            if call.node_id is not None:
+                self.contacts.failed(Node(call.node_id, *call.address), call.sent_at)
+            return None
+        if call.node_id not in (None, reply.sender):
+            self.refused["reply by another node"] += 1
+            self.contacts.left(Node(call.node_id, *call.address))
+            return None
+        sender = Node(reply.sender, *call.address)
+        if not isinstance(reply, m.Home):
+            self.contacts.heard(sender)
+        elif self._is_proof(call, reply):
+            self.contacts.proved(sender)
+        else:
+            self.refused["proof"] += 1
+            return None
+        return reply
 
-    def _timeout(self, message_id: bytes) -> None:
-        pending = self._outstanding.pop(message_id)
-        self._conclude(pending, None)
+    def _is_proof(self, call: Call, home: m.Home) -> bool:
+        if home.sender != peer_id_of(home.public_key):
+            return False
+        seen = (home.seen_host, home.seen_port)
+        return (
+            (home.sender == self.source_node.id or self._is_ours(seen, call.address))
+            and self._proofs.is_home(home.public_key, call.message_id, seen, home.signature)
+            and self._proofs.admit(home.public_key, home.chain)
+        )
 
-    def _conclude(self, pending: _Pending, reply: m.AnyReply | None) -> None:
-        if reply is not None:
-            self._heard(Node(reply.sender, *pending.address))
-        elif pending.node_id is not None:
-            self._failed(pending.node_id, pending.sent_at)
-        if not pending.answer.done():
-            pending.answer.set_result(reply)
+    def _is_ours(self, seen: Address, asked: Address) -> bool:
+        """Return whether our question can have come from `seen`: if not, somebody between us passed it on."""
+        if kind_of(self._own_address[0]) == LOOPBACK:
+            return seen == self._own_address
+        return seen != asked
 
     # the gate
 
     def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
         address = (addr[0].removeprefix("::ffff:") if self._maps_v4 else addr[0], addr[1])
-        if not m.HEADER_BYTES < len(data) <= m.MAX_DATAGRAM_BYTES:
-            self._refuse("size", address)
+        opened = self._gate.open(data, address, self.contacts.at(address), self.calls.expects(address))
+        if opened is None:
             return
-        kind, message_id, body = data[:1], data[1 : m.HEADER_BYTES], memoryview(data)[m.HEADER_BYTES :]
-        if kind == m.REQUEST:
-            self._accept_request(message_id, body, address)
-        elif kind == m.REPLY:
-            self._accept_response(message_id, body, address)
+        if opened.is_request:
+            self._accept_request(opened.message_id, opened.body, address, len(data))
         else:
-            self._refuse("kind", address)
+            self.calls.accept(opened.message_id, opened.body, address)
 
     def error_received(self, exc: Exception) -> None:
         self.refused["not sent"] += 1
         log.debug("dht: a datagram was not sent: %s", exc)
 
-    def _refuse(self, reason: str, address: Address) -> None:
-        self.refused[reason] += 1
-        log.debug("dht: refused a datagram from %s port %d: %s", *address, reason)
-
-    def _accept_request(self, message_id: bytes, body: memoryview, address: Address) -> None:
+    def _accept_request(self, message_id: bytes, body: memoryview, address: Address, n_bytes: int) -> None:
         try:
             request: m.Request = m.request_decoder.decode(body)
         except (msgspec.DecodeError, ValueError, RecursionError):
-            self._refuse("request", address)
+            self.refused["request"] += 1
+            return
+        reason = self._reason_against(request, n_bytes)
+        if reason:
+            self.refused[reason] += 1
             return
         sender = Node(request.sender, *address)
         if isinstance(request, m.Leave):
-            self._say_goodbye(sender)
+            self.contacts.left(sender)
         else:
-            self._send(m.REPLY + message_id + m.encode(self._answer(request)), address)
-            self.welcome_if_new(sender)
+            answer = m.encode(self._answer(request, message_id, address))
+            self._send(self._gate.seal(REPLY, message_id, answer), address)
+            self.contacts.welcome(sender)
 
-    def _accept_response(self, message_id: bytes, body: memoryview, address: Address) -> None:
-        pending: _Pending | None = self._outstanding.get(message_id)
-        if pending is None:
-            self._refuse("reply to no question", address)
-            return
-        if pending.address != address:
-            self._refuse("reply from elsewhere", address)
-            return
-        del self._outstanding[message_id]
-        pending.timer.cancel()
-        reply: m.AnyReply | None = None
-        try:
-            reply = pending.decoder.decode(body)
-        except (msgspec.DecodeError, ValueError, RecursionError):
-            self._refuse("reply", address)
-        if reply is not None:
-            self._rtt_s = max(self._loop.time() - pending.sent_at, 0.9 * self._rtt_s)
-            if pending.node_id not in (None, reply.sender):
-                self._refuse("reply by another node", address)
-                self._forget(pending.node_id)
-                reply = None
-        self._conclude(pending, reply)
+    def _reason_against(self, request: m.Request, n_bytes: int) -> str:
+        if request.to not in (b"", self.source_node.id):
+            return "for another node"
+        if self._trust.is_revoked(request.sender):
+            return "revoked"
+        if n_bytes < m.MIN_REQUEST_BYTES and not isinstance(request, m.Leave):
+            return "short request"
+        if isinstance(request, m.Ping | m.Leave) and request.sender != peer_id_of(request.public_key):
+            return "proof"
+        if isinstance(request, m.Ping) and not self._proofs.admit(request.public_key, request.chain):
+            return "no member"
+        if isinstance(request, m.Leave) and not self._is_goodbye(request):
+            return "proof"
+        return ""
+
+    def _is_goodbye(self, leave: m.Leave) -> bool:
+        return self._gate.is_now(leave.at_ms) and self._proofs.is_goodbye(
+            leave.public_key, leave.at_ms, leave.signature
+        )
 
     # answering
 
-    def _answer(self, request: m.Ping | m.FindNode | m.FindRecords | m.Store) -> m.AnyReply:
+    def _answer(
+        self, request: m.Ping | m.FindNode | m.FindRecords | m.Store | m.Introduce, message_id: bytes, address: Address
+    ) -> m.AnyReply:
         own_id = self.source_node.id
         match request:
             case m.Ping():
-                return m.Named(own_id, [])
-            case m.FindNode(sender, target):
-                return m.Named(own_id, self._near(target, sender, m.MAX_NODES))
-            case m.Store(sender, key, record):
-                held = self.storage.put(key, record)
-                return m.Stored(own_id, self._near(key, sender, m.NODES_WITH_RECORDS), held)
-            case m.FindRecords(sender, key, after):
-                near = self._near(key, sender, m.NODES_WITH_RECORDS) if not after else []
-                return m.page_of(own_id, self.storage.records(key), after, near)
+                signature = self._proofs.sign_home(request.sender, message_id, address)
+                return m.Home(own_id, self._trust.public_key, list(self._trust.chain()), *address, signature)
+            case m.FindNode():
+                return m.Named(own_id, self._near(request.target, request.sender, m.MAX_NODES))
+            case m.Store():
+                near = self._near(m.location(request.key, request.salt), request.sender, m.NODES_WITH_RECORDS)
+                knows = self._proofs.is_member(request.record.public_key)
+                crowd = self.neighbourhood.crowd_of(address[0])
+                held = knows and self.storage.put(request.key, request.record, crowd)
+                return m.Stored(own_id, near, held, knows)
+            case m.FindRecords():
+                where = m.location(request.key, request.salt)
+                near = [] if request.after else self._near(where, request.sender, m.NODES_WITH_RECORDS)
+                return m.page_of(own_id, self.storage.records(request.key), request.after, near)
+            case m.Introduce():
+                return m.Introduction(own_id, list(self._proofs.chain_of(request.public_key)))
 
     def _near(self, target: bytes, asker: bytes, k: int) -> list[tuple[bytes, str, int]]:
         near = self.router.find_neighbors(Node(target), k, exclude=Node(asker))
         return [(node.id, node.ip, node.port) for node in near]
-
-    # who lives
-
-    def welcome_if_new(self, node: Any) -> None:
-        """Take note of the sender of a request. Unlike the stock method this hands no records over: publishers do."""
-        known = self.router.contacts.get(node.id)
-        if known is not None and known.same_home_as(node):
-            self._heard_at[node.id] = self._loop.time()
-        elif known is not None or not self.router.knows(node.id):
-            self._start_check(node.id, self._meet(node))
-
-    def _say_goodbye(self, node: Any) -> None:
-        known = self.router.contacts.get(node.id)
-        if known is not None and known.same_home_as(node):
-            self._forget(node.id)
-
-    async def _meet(self, node: Any) -> None:
-        known = self.router.contacts.get(node.id)
-        if known is not None and not known.same_home_as(node):
-            if await self.call_ping(known) is not None:
-                return  # the one we know still lives where we know it
-            self._forget(node.id)
-        await self.call_ping(node)
-
-    def _start_check(self, node_id: bytes, check: Coroutine[Any, Any, None]) -> None:
-        if node_id in self._checks or node_id == self.source_node.id or len(self._checks) >= MAX_CHECKS:
-            check.close()
-            return
-        self._checks[node_id] = task = self._loop.create_task(check)
-        task.add_done_callback(lambda _: self._checks.pop(node_id))
-
-    def _heard(self, node: Any) -> None:
-        self._shunned_until.pop(node.id, None)
-        known = self.router.contacts.get(node.id)
-        if known is not None and not known.same_home_as(node):
-            self._start_check(node.id, self._meet(node))
-        elif known is not None:
-            self._failed_at.pop(node.id, None)
-            self._heard_at[node.id] = self._loop.time()
-        elif node.id != self.source_node.id and not self.router.knows(node.id):
-            self.router.add_contact(node)
-            self._heard_at[node.id] = self._loop.time()
-            self._on_change()
-
-    def _failed(self, node_id: bytes, sent_at: float) -> None:
-        known = self.router.contacts.get(node_id)
-        if known is None:
-            self._shun(node_id)
-        elif node_id not in self._failed_at:
-            self._failed_at[node_id] = self._loop.time()
-            self._start_check(node_id, self._meet(known))
-        elif sent_at >= self._failed_at[node_id]:  # requests of one burst are one failure
-            self._shun(node_id)
-            self._forget(node_id)
-
-    def _shun(self, node_id: bytes) -> None:
-        if len(self._shunned_until) >= MAX_SHUNNED:
-            self._shunned_until.clear()
-        self._shunned_until[node_id] = self._loop.time() + SHUN_S
-
-    def _forget(self, node_id: bytes) -> None:
-        self._failed_at.pop(node_id, None)
-        self._heard_at.pop(node_id, None)
-        if (known := self.router.contacts.get(node_id)) is not None:
-            self.router.remove_contact(known)
-            self._on_change()

@@ -5,13 +5,14 @@ that covers it, and splits only the bucket that covers our own id, so hostile id
 
 The crawl is a small event-driven machine with no task per request. It asks the nearest nodes it knows, adds the nodes
 they name, and ends when the `ksize` nearest have answered. Who keeps it waiting too long no longer holds it up, as
-long as somebody else has answered; the next nearest is asked instead.
+long as somebody else has answered; the next nearest is asked instead. What is named has proved nothing, so a lookup
+asks only so many strangers, and where it matters only a few of one network.
 """
 
 import asyncio
 import functools
-import ipaddress
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from kademlia.crawling import SpiderCrawl
@@ -20,15 +21,28 @@ from kademlia.routing import KBucket, RoutingTable
 
 from mpd.ids import PEER_ID_BYTES
 
+from .dht_gate import Address
+from .dht_limits import MAX_PER_PREFIX, Neighbourhood
+
 MAX_ASKED = 20  # nodes that one crawl sends to, whatever the replies name
+MAX_STRANGERS = 20  # nodes that have proved nothing yet and that one lookup, of one or more crawls, sends to
 
 
 class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia has no annotations
-    """The nodes that have answered us, in buckets. `contacts` maps the ids of those in use to their nodes."""
+    """The nodes that have proved who they are, in buckets.
+
+    `contacts` maps the ids of those in use to their nodes, `homes` their addresses to their ids.
+    """
 
     def flush(self) -> None:
         self.buckets = [KBucket(0, 2 ** (8 * PEER_ID_BYTES) - 1, self.ksize)]
         self.contacts: dict[bytes, Any] = {}
+        self.homes: dict[Address, bytes] = {}
+
+    def everyone(self) -> Iterator[Any]:
+        """Return the nodes in use and those that wait behind a full bucket."""
+        for bucket in self.buckets:
+            yield from (*bucket.nodes.values(), *bucket.replacement_nodes.values())
 
     def get_bucket_for(self, node: Any) -> int:
         return next(index for index, bucket in enumerate(self.buckets) if bucket.has_in_range(node))
@@ -57,6 +71,7 @@ class ContactTable(RoutingTable):  # type: ignore[misc]  # kademlia has no annot
 
     def _index(self) -> None:
         self.contacts = {node.id: node for bucket in self.buckets for node in bucket.get_nodes()}
+        self.homes = {(node.ip, node.port): node.id for node in self.contacts.values()}
 
 
 class Reply(Protocol):
@@ -66,19 +81,45 @@ class Reply(Protocol):
     def nodes(self) -> list[tuple[bytes, str, int]]: ...
 
 
+class Strangers:
+    """How many nodes that have proved nothing yet one lookup may still ask."""
+
+    def __init__(self, neighbourhood: Neighbourhood) -> None:
+        self._neighbourhood = neighbourhood
+        self._n_asked = 0
+        self._n_of_crowd: Counter[str] = Counter()
+
+    def take(self, host: str) -> bool:
+        """Return whether one more may be asked, at `host`."""
+        crowd = self._neighbourhood.crowd_of(host)
+        if self._n_asked >= MAX_STRANGERS or (crowd is not None and self._n_of_crowd[crowd] >= MAX_PER_PREFIX):
+            return False
+        self._n_asked += 1
+        if crowd is not None:
+            self._n_of_crowd[crowd] += 1
+        return True
+
+
 class Crawl(SpiderCrawl):  # type: ignore[misc]  # kademlia has no annotations
     """Ask the `ksize` nodes nearest to `node`, at most `alpha` at a time. Use once: `answers = await crawl.find()`.
 
-    `ask(node)` sends the question and returns a future of the reply, None for none. `patience_s` is how long a node
-    may keep the others waiting. `find` returns {node: reply} of everyone who answered.
+    `ask(node)` sends the question and returns a future of the reply, None for none. Crawls of one lookup share their
+    `strangers`. `find` returns {node: reply} of everyone who answered.
     """
 
     def __init__(
-        self, protocol: Any, node: Any, ksize: int, alpha: int, ask: Callable[[Any], "asyncio.Future[Any]"]
+        self,
+        protocol: Any,
+        node: Any,
+        ksize: int,
+        alpha: int,
+        ask: Callable[[Any], "asyncio.Future[Any]"],
+        strangers: Strangers | None = None,
     ) -> None:
         super().__init__(protocol, node, protocol.router.find_neighbors(node), ksize, alpha)
         self.answers: dict[Any, Any] = {}
         self._ask = ask
+        self._strangers = strangers or Strangers(protocol.neighbourhood)
         self._seen = {near.id for _, near in self.nearest.heap} | {protocol.source_node.id}
         self._top = list(self.nearest)
         self._asked: set[bytes] = set()
@@ -102,17 +143,24 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]  # kademlia has no annotations
     def _step(self) -> None:
         if self._ended.done():
             return
-        for node in self._top:
-            if len(self._waiting) >= self.alpha or len(self._asked) >= MAX_ASKED:
-                break
-            if node.id not in self._asked:
+        while (node := self._next()) is not None:
+            if self.protocol.has_proved(node) or self._strangers.take(node.ip):
                 self._asked.add(node.id)
                 self._waiting.add(node.id)
                 self._ask(node).add_done_callback(functools.partial(self._on_reply, node))
+            else:
+                self.nearest.remove([node.id])
+                self._top = list(self.nearest)
         if self._is_complete():
             self._ended.set_result(None)
         elif self._waiting and self._timer is None:
             self._timer = self._loop.call_later(self.protocol.patience_s, self._on_patience_lost)
+
+    def _next(self) -> Any:
+        """Return the node to ask now, None if there is none."""
+        if len(self._waiting) >= self.alpha or len(self._asked) >= MAX_ASKED:
+            return None
+        return next((node for node in self._top if node.id not in self._asked), None)
 
     def _is_complete(self) -> bool:
         if any(node.id in self._waiting for node in self._top):
@@ -135,7 +183,8 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]  # kademlia has no annotations
         self._step()
 
     def _add(self, reply: Reply) -> None:
-        new = [Node(*named) for named in reply.nodes if self._is_worth_asking(*named)]
+        contacts = self.protocol.router.contacts
+        new = [contacts.get(named[0]) or Node(*named) for named in reply.nodes if self._is_worth_asking(*named)]
         if new:
             self.nearest.push(new)
             self._top = list(self.nearest)
@@ -144,7 +193,7 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]  # kademlia has no annotations
         if node_id in self._seen:
             return False
         self._seen.add(node_id)
-        return is_address(host) and not self.protocol.shuns(node_id)
+        return self.protocol.neighbourhood.may_follow(host) and not self.protocol.shuns(node_id)
 
     def _on_patience_lost(self) -> None:
         self._timer = None
@@ -153,13 +202,3 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]  # kademlia has no annotations
         self.nearest.remove(self._slow)
         self._top = list(self.nearest)
         self._step()
-
-
-@functools.lru_cache(maxsize=4096)
-def is_address(host: str) -> bool:
-    """True if `host` is a numeric address of one machine. Names, groups and wildcards are not."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return not (address.is_multicast or address.is_unspecified or "%" in host)

@@ -298,7 +298,7 @@ class Lobby:
             host=endpoint.host if endpoint else "",
             port=endpoint.port if endpoint else 0,
             inbound=endpoint is not None and self._services.peers.is_reachable,
-            bandwidth=0.0,
+            bandwidth=max((link.goodput for link in self._services.peers.links()), default=0.0),
             time_left_s=min(time_left_s, MAX_ROUND_S),
         )
 

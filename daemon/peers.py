@@ -1,45 +1,35 @@
 """Who we are linked to: dialling, accepting, and at most one link per peer.
 
-A connection proves what it is with its first bytes: a control greeting and a `Hello`, or a data greeting with a handle
+A connection proves what it is with its first bytes: TLS is a call from a member, and a data greeting carries a handle
 that was agreed on a control connection moments before. Two peers that dial each other at once would end with two links,
 or, each giving way to the other, with none; so whoever is being called does not dial, and of two calls that cross the
 smaller id's goes through once it has got as far as a connection. A peer that calls although we believe to be linked has
-lost that link, so the new one replaces it, but only once it is complete.
+lost that link, so the new one replaces it, but only once it is complete; that is also how a link gets new TLS keys
+once a day. Whoever is no member any more loses its link.
 """
 
 import contextlib
-import os
-import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import trio
 
 from mpd.errors import PeerError
-from mpd.ids import Endpoint, PeerId, peer_id, show_peer
-from mpd.messages import PEER_VERSION, PEERS, DataAccept, DataOffer, Goodbye, Hello
-from mpd.wire import (
-    CONTROL_GREETING_BYTES,
-    CONTROL_MAGIC,
-    DATA_GREETING_BYTES,
-    ControlBuffer,
-    control_frame,
-    control_greeting,
-    data_greeting,
-    parse_control_greeting,
-    parse_data_greeting,
-)
+from mpd.ids import Endpoint, PeerId, show_peer
+from mpd.messages import PEER_VERSION, Goodbye, Hello
 
-from .links import Link, LinkEvents, tune
+from .budgets import Budgets
+from .channels import Sealing, own_suites, tune
+from .door import Door
+from .handshake import CROSSED, HANDSHAKE_S, CallBook, Calls, Met, answer, call, probe, refuse, why
+from .links import Link, LinkEvents
+from .tls import Membership, Tls, Unwelcome, leaf_of, wrap_server
 
-HANDSHAKE_S = 5.0  # a connection that has not said what it is by then is closed
-MAX_HANDSHAKES = 64  # connections that have not said yet
-MAX_LINKS = 256
-MAX_HANDSHAKE_BYTES = 4096
-FRAME_PREFIX_BYTES = 4
-_CROSSED = "you are being called; wait for it"
+RECHECK_S = 30.0  # how often it is asked whether those we are linked to are still members
+MAX_LINK_AGE_S = 24 * 3600.0  # then an idle link is made anew: whoever steals its TLS keys reads one day at most
 _CROSSED_S = 1.0  # a crossing call that has not made the link by then has failed
+_FAREWELL_S = 0.3  # how long a link that is cut may take to say why
 
 
 class Unreachable(PeerError):
@@ -51,6 +41,7 @@ class PeerStatus:
     """One live link, for `mpd peers`."""
 
     peer: str
+    role: str
     address: str
     goodput: float
     bytes_sent: int
@@ -58,60 +49,69 @@ class PeerStatus:
     rounds: int
 
 
-@dataclass
-class _Calls:
-    """What is under way with one peer: there while anybody calls it, waits for its call, or answers one."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A live link, with what its end of it proved and when."""
 
-    users: int = 0
-    answering: int = 0
-    dialling: trio.CancelScope | None = None
-    connected: bool = False  # our call has got as far as a connection
-    news: trio.Event = field(default_factory=trio.Event)
-
-    def tell(self) -> None:
-        """A call has ended, one way or another."""
-        self.news.set()
-        self.news = trio.Event()
+    link: Link
+    leaf: bytes
+    is_caller: bool  # we are
+    since: float
 
 
 class Peers:
-    """All links of this daemon."""
+    """All links of this daemon.
+
+    Args:
+        instance: 16 bytes, new with every start of the daemon.
+        wall_ms: milliseconds since 1970, for dates in certificates and for finding clocks that are wrong.
+    """
 
     def __init__(
-        self, own_id: PeerId, instance: bytes, events: LinkEvents, random_bytes: Callable[[int], bytes]
+        self,
+        membership: Membership,
+        instance: bytes,
+        events: LinkEvents,
+        random_bytes: Callable[[int], bytes],
+        wall_ms: Callable[[], int],
+        budgets: Budgets,
     ) -> None:
-        self.own_id = own_id
         self.endpoint = Endpoint("127.0.0.1", 0)  # where others are told to dial us; port 0: nowhere
         self.is_reachable = False  # whether that has been seen to work, or need not be doubted
+        self.suites = own_suites()  # what data is sealed with
+        self.door = Door(budgets, self._answer_call)
+        self._membership = membership
         self._instance = instance
         self._events = events
         self._random_bytes = random_bytes
-        self._links: dict[PeerId, Link] = {}
-        self._calls: dict[PeerId, _Calls] = {}
-        self._offers: dict[bytes, trio.MemorySendChannel[socket.socket]] = {}
-        self._handshakes = 0
+        self._wall_ms = wall_ms
+        self._budgets = budgets
+        self._held: dict[PeerId, _Held] = {}
+        self._calls = CallBook()
         self._nursery: trio.Nursery | None = None
 
     def get(self, peer: PeerId) -> Link | None:
         """Return the live link to `peer`, if there is one."""
-        return self._links.get(peer)
+        held = self._held.get(peer)
+        return held.link if held is not None else None
 
     def links(self) -> list[Link]:
         """Return all live links."""
-        return list(self._links.values())
+        return [held.link for held in self._held.values()]
 
     def snapshot(self) -> tuple[PeerStatus, ...]:
         """Return what `mpd peers` shows."""
         return tuple(
             PeerStatus(
                 peer=show_peer(link.peer),
+                role=link.member.role,
                 address=str(link.endpoint) if link.endpoint else "outbound only",
                 goodput=link.goodput,
                 bytes_sent=link.bytes_sent,
                 bytes_received=link.bytes_received,
                 rounds=link.busy,
             )
-            for link in sorted(self._links.values(), key=lambda link: link.peer)
+            for link in sorted(self.links(), key=lambda link: link.peer)
         )
 
     # ------------------------------------------------------------------------------------------------------- lifetime
@@ -126,7 +126,9 @@ class Peers:
                 if listeners:
                     await nursery.start(trio.serve_listeners, self._accept, listeners)
                 task_status.started()
-                await trio.sleep_forever()
+                while True:
+                    await trio.sleep(RECHECK_S)
+                    self.recheck()
             finally:
                 self._nursery = None
 
@@ -137,263 +139,216 @@ class Peers:
                 link.send(Goodbye(reason))
                 nursery.start_soon(link.flush, within_s)
 
+    def cut(self, is_doomed: Callable[[Link], bool], reason: str) -> None:
+        """End every link of which `is_doomed` is true; the peer is told `reason`."""
+        for link in self.links():
+            if is_doomed(link):
+                self._start(self._cut, link, reason)
+
+    def recheck(self) -> None:
+        """Cut the links to whoever is no member any more; make old links anew. To be called after a revocation too."""
+        for held in list(self._held.values()):
+            reason = self._no_member(held)
+            if reason:
+                self._start(self._cut, held.link, reason)
+            elif held.is_caller and not held.link.busy and trio.current_time() - held.since > MAX_LINK_AGE_S:
+                self._start(self._call_again, held.link)
+
+    def _start(self, action: Callable[..., Awaitable[None]], *args: Any) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(action, *args)
+
+    async def _cut(self, link: Link, reason: str) -> None:
+        link.send(Goodbye(reason))
+        await link.flush(_FAREWELL_S)
+        link.close(reason)
+
+    async def _call_again(self, link: Link) -> None:
+        """Make a link anew; should that fail, there is still the old one."""
+        with self._calls.calls_with(link.peer) as calls, contextlib.suppress(Unreachable):
+            if link.endpoint is not None and calls.dialling is None and not calls.answering:
+                with trio.move_on_after(HANDSHAKE_S):
+                    await self._dial(link.peer, link.endpoint, calls)
+
+    def _no_member(self, held: _Held) -> str:
+        """Return why the peer may not be linked to any more, or nothing."""
+        if self._wall_ms() / 1000 > held.link.member.not_after_s:
+            return "the certificate with which this link was made has expired"
+        try:
+            self._membership.check(held.leaf)
+        except PeerError as error:
+            return str(error)
+        return ""
+
     # ------------------------------------------------------------------------------------------------------- dialling
 
     async def link(self, peer: PeerId, endpoint: Endpoint | None) -> Link:
         """Return a live link to `peer`, dialling `endpoint` if there is none. Raises Unreachable with the cause."""
-        if peer == self.own_id:
+        if peer == self._membership.own:
             raise Unreachable("it has our own key: two daemons must not share a state directory")
-        with self._calls_with(peer) as calls, trio.move_on_after(HANDSHAKE_S):
+        with self._calls.calls_with(peer) as calls, trio.move_on_after(HANDSHAKE_S):
             while not self._is_linked(peer):
                 if endpoint is None or calls.dialling is not None or calls.answering:
                     await calls.news.wait()
                 else:
                     await self._dial(peer, endpoint, calls)
         if self._is_linked(peer):
-            return self._links[peer]
+            return self._held[peer].link
         if endpoint is None:
             raise Unreachable(f"accepts no connections and did not call within {HANDSHAKE_S:g} s")
         raise Unreachable(f"did not answer at {endpoint} within {HANDSHAKE_S:g} s")
 
     def _is_linked(self, peer: PeerId) -> bool:
-        link = self._links.get(peer)
+        link = self.get(peer)
         return link is not None and link.up
 
-    @contextlib.contextmanager
-    def _calls_with(self, peer: PeerId) -> Iterator[_Calls]:
-        calls = self._calls.setdefault(peer, _Calls())
-        calls.users += 1
-        try:
-            yield calls
-        finally:
-            calls.users -= 1
-            if not calls.users:
-                del self._calls[peer]
-
-    async def _dial(self, peer: PeerId, endpoint: Endpoint, calls: _Calls) -> None:
+    async def _dial(self, peer: PeerId, endpoint: Endpoint, calls: Calls) -> None:
         """Call the peer, or return early because it calls us. Raises Unreachable."""
         if self._nursery is None:
             raise Unreachable("this daemon is not running")
+        if not self._has_room():
+            raise Unreachable(f"this daemon has as many links as it may have: {self._budgets.links.limit}")
         try:
             with trio.CancelScope() as calls.dialling:
                 if not await self._call(peer, endpoint, calls):
                     with trio.move_on_after(_CROSSED_S):
                         await calls.news.wait()
         except (OSError, PeerError, trio.BrokenResourceError) as error:
-            raise Unreachable(f"cannot be reached at {endpoint}: {_why(error)}") from error
+            raise Unreachable(f"cannot be reached at {endpoint}: {why(error)}") from error
         finally:
             calls.dialling, calls.connected = None, False
             calls.tell()
 
-    async def _call(self, peer: PeerId, endpoint: Endpoint, calls: _Calls) -> bool:
+    async def _call(self, peer: PeerId, endpoint: Endpoint, calls: Calls) -> bool:
         """Make a link. Returns False if the peer says that its own call is on its way."""
         stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
         calls.connected = True
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(trio.aclose_forcefully, stream)
-            talk = _Talk(stream)
-            await stream.send_all(control_greeting())
-            await talk.send(self._hello(stream))
-            hello = await talk.receive()
-            if hello == Goodbye(_CROSSED):
+            tune(stream.socket)
+            met = await call(stream, self._membership, peer, self._hello)
+            if met is None:
                 return False
-            self._check_answer(peer, hello)
-            conn_id = self._random_bytes(16)
-            await talk.send(DataOffer(conn_id))
-            if await talk.receive() != DataAccept(conn_id):
-                raise PeerError("it refused the data connection")
-            data = await _open_data(stream, conn_id)
-            undo.callback(data.close)
-            if await talk.receive() != DataAccept(conn_id):
-                raise PeerError("it refused the data connection")
-            if self._nursery is None:
-                raise PeerError("this daemon is leaving")
-            self._nursery.start_soon(self._carry, self._register(hello, stream, data))
+            link = await self._establish(met, is_caller=True)
             undo.pop_all()
+        if self._nursery is None:
+            link.close("this daemon is leaving")
+            await self._carry(link)
+        else:
+            self._nursery.start_soon(self._carry, link)
         return True
 
-    def _check_answer(self, peer: PeerId, hello: Any) -> None:
-        if not isinstance(hello, Hello):
-            raise PeerError(f"it answered a call with {type(hello).__name__}")
-        if hello.version != PEER_VERSION:
-            raise PeerError(f"the daemon there speaks version {hello.version}, this one {PEER_VERSION}: upgrade one")
-        if hello.peer != peer:
-            raise PeerError(f"the daemon there is {show_peer(hello.peer)}, expected {show_peer(peer)}")
+    async def probe(self, endpoint: Endpoint) -> str:
+        """Return in a sentence who, if anybody, answers at `endpoint`, and why there is no contact."""
+        return await probe(endpoint, self._membership, self._wall_ms)
 
     async def can_dial(self, endpoint: Endpoint) -> bool:
-        """Return True if something accepts connections there."""
-        with trio.move_on_after(HANDSHAKE_S), contextlib.suppress(OSError):
-            stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
-            await trio.aclose_forcefully(stream)
-            return True
-        return False
+        """Return True if something accepts connections there. Only a peer that is linked from that host may ask."""
+        if not any(link.remote_host == endpoint.host for link in self.links()) or not self._budgets.dial_backs.take():
+            return False
+        try:
+            with trio.move_on_after(HANDSHAKE_S), contextlib.suppress(OSError):
+                stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+                await trio.aclose_forcefully(stream)
+                return True
+            return False
+        finally:
+            self._budgets.dial_backs.give()
 
     # ------------------------------------------------------------------------------------------------------ accepting
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         """Serve one incoming connection. trio closes `stream` when this returns."""
-        if self._handshakes >= MAX_HANDSHAKES or len(self._links) >= MAX_LINKS:
-            return
-        link: Link | None = None
-        self._handshakes += 1
-        try:
-            with trio.move_on_after(HANDSHAKE_S), contextlib.suppress(PeerError, OSError, trio.BrokenResourceError):
-                link = await self._greet(stream)
-        finally:
-            self._handshakes -= 1
+        link = await self.door.receive(stream)
         if link is not None:
             await self._carry(link)
 
-    async def _greet(self, stream: trio.SocketStream) -> Link | None:
-        """Find out what just connected; return the link if that made one."""
-        start = await _receive_exactly(stream, CONTROL_GREETING_BYTES)
-        if start[:4] == CONTROL_MAGIC:
-            parse_control_greeting(start)
-            return await self._answer_call(stream)
-        rest = await _receive_exactly(stream, DATA_GREETING_BYTES - len(start))
-        offer = self._offers.get(parse_data_greeting(start + rest))
-        if offer is not None:
-            data = _plain(stream)
-            try:
-                offer.send_nowait(data)
-            except (trio.WouldBlock, trio.BrokenResourceError):
-                data.close()
-        return None
-
     async def _answer_call(self, stream: trio.SocketStream) -> Link | None:
-        talk = _Talk(stream)
-        hello = await talk.receive()
-        if not isinstance(hello, Hello) or hello.peer == self.own_id:
+        tune(stream.socket)
+        try:
+            connection, member = await wrap_server(stream, self._membership)
+        except Unwelcome as error:
+            await refuse(error.tls, str(error))
             return None
-        if hello.version != PEER_VERSION:
-            await talk.send(self._hello(stream))  # so that the caller can tell why
+        if member.peer == self._membership.own:
             return None
-        with self._calls_with(peer_id(hello.peer)) as calls:
+        if not self._has_room():
+            await refuse(connection, f"it has as many links as it may have: {self._budgets.links.limit}")
+            return None
+        with self._calls.calls_with(member.peer) as calls:
             if calls.dialling is not None:
-                if calls.connected and self.own_id < hello.peer:
-                    await talk.send(Goodbye(_CROSSED))
+                if calls.connected and self._membership.own < member.peer:
+                    await refuse(connection, CROSSED)
                     return None
                 calls.dialling.cancel()
             calls.answering += 1
             try:
-                return await self._complete(talk, stream, hello)
+                link = await self._establish(await answer(connection, member, self._hello), is_caller=False)
+                self.is_reachable = self.endpoint.port != 0
+                return link
             finally:
                 calls.answering -= 1
                 calls.tell()
 
-    async def _complete(self, talk: "_Talk", stream: trio.SocketStream, hello: Hello) -> Link | None:
-        """Answer a call to its end: greet back, and wait for the data connection."""
-        await talk.send(self._hello(stream))
-        offer = await talk.receive()
-        if not isinstance(offer, DataOffer) or offer.conn_id in self._offers:
-            return None
-        give, take = trio.open_memory_channel[socket.socket](1)
-        with contextlib.ExitStack() as undo:
-            self._offers[offer.conn_id] = give
-            try:
-                await talk.send(DataAccept(offer.conn_id))
-                data = await take.receive()
-                undo.callback(data.close)
-            finally:
-                del self._offers[offer.conn_id]
-                with contextlib.suppress(trio.WouldBlock):
-                    take.receive_nowait().close()
-            await talk.send(DataAccept(offer.conn_id))
-            link = self._register(hello, stream, data)
-            undo.pop_all()
-        self.is_reachable = self.endpoint.port != 0
-        return link
-
     # ------------------------------------------------------------------------------------------------------- together
 
-    def _hello(self, stream: trio.SocketStream) -> Hello:
+    def _hello(self, connection: Tls) -> Hello:
         return Hello(
             version=PEER_VERSION,
-            peer=self.own_id,
             instance=self._instance,
             host=self.endpoint.host,
             port=self.endpoint.port,
-            seen_host=stream.socket.getpeername()[0],
+            seen_host=connection.transport_stream.socket.getpeername()[0],
+            news=self._membership.news_seq,
+            wall_ms=self._wall_ms(),
         )
 
-    def _register(self, hello: Hello, stream: trio.SocketStream, data: socket.socket) -> Link:
-        """Make the link; the caller carries it. OSError, if it has ended already, leaves the sockets alone."""
-        peer = peer_id(hello.peer)
-        for sock in (stream.socket, data):
-            tune(sock, _same_host(stream))
-        endpoint = Endpoint(hello.host, hello.port) if hello.port else None
-        link = Link(peer, hello.instance, endpoint, stream, data)
-        old = self._links.get(peer)
-        self._links[peer] = link
+    def _has_room(self) -> bool:
+        return self._budgets.links.used < self._budgets.links.limit
+
+    async def _establish(self, met: Met, *, is_caller: bool) -> Link:
+        """Make a link of an acquaintance; the caller carries it. Raises PeerError."""
+        if not self._budgets.links.take():
+            raise PeerError("no room is left for another link")
+        try:
+            link = self._link_to(met, is_caller)
+            await link.establish()
+        except BaseException:
+            self._budgets.links.give()
+            raise
+        old = self.get(link.peer)
+        held = self._held[link.peer] = _Held(link, leaf_of(met.tls), is_caller, trio.current_time())
         if old is not None:
-            old.close("it called again")
+            old.close("made anew" if is_caller else "it called again")
+        if reason := self._no_member(held):  # any more: that has come while the link was made
+            link.close(reason)
+        return link
+
+    def _link_to(self, met: Met, is_caller: bool) -> Link:
+        own, peer, hello = self._membership.own, met.member.peer, met.hello
+        link = Link(
+            peer=peer,
+            instance=hello.instance,
+            endpoint=Endpoint(hello.host, hello.port) if hello.port else None,
+            control=met.tls,
+            sealing=Sealing(
+                swarm_id=self._membership.swarm_id,
+                initiator=own if is_caller else peer,
+                acceptor=peer if is_caller else own,
+                is_initiator=is_caller,
+                suites=self.suites,
+                random_bytes=self._random_bytes,
+            ),
+            door=self.door.data,
+            remote=met.tls.transport_stream.socket.getpeername()[:2],
+        )
+        link.member, link.news = met.member, hello.news
         return link
 
     async def _carry(self, link: Link) -> None:
         try:
             await link.run(self._events)
         finally:
-            if self._links.get(link.peer) is link:
-                del self._links[link.peer]
-
-
-class _Talk:
-    """Messages on a stream that is not a link yet: one at a time, and never a byte beyond the current one."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self._stream = stream
-
-    async def send(self, message: Any) -> None:
-        await self._stream.send_all(control_frame(PEERS.encode(message)))
-
-    async def receive(self) -> Any:
-        buffer = ControlBuffer()
-        prefix = await _receive_exactly(self._stream, FRAME_PREFIX_BYTES)
-        length = int.from_bytes(prefix, "little")
-        if length > MAX_HANDSHAKE_BYTES:
-            raise PeerError(f"it opened with a message of {length} bytes: at most {MAX_HANDSHAKE_BYTES} are allowed")
-        buffer.feed(prefix + await _receive_exactly(self._stream, length))
-        body = buffer.next_frame()
-        return PEERS.decode(body if body is not None else b"")
-
-
-async def _receive_exactly(stream: trio.SocketStream, n_bytes: int) -> bytes:
-    received = b""
-    while len(received) < n_bytes:
-        more = await stream.receive_some(n_bytes - len(received))
-        if not more:
-            raise OSError("it closed the connection during the handshake")
-        received += more
-    return received
-
-
-async def _open_data(control: trio.SocketStream, conn_id: bytes) -> socket.socket:
-    """Open the data connection to where `control` leads; return it as a plain non-blocking socket."""
-    stream = await trio.open_tcp_stream(*control.socket.getpeername()[:2])
-    try:
-        await stream.send_all(data_greeting(conn_id))
-    except BaseException:
-        await trio.aclose_forcefully(stream)
-        raise
-    return _plain(stream)
-
-
-def _plain(stream: trio.SocketStream) -> socket.socket:
-    """Take the socket out of a stream: the data path works on it without trio's methods."""
-    data = socket.socket(fileno=stream.socket.detach())
-    data.setblocking(False)
-    return data
-
-
-def _same_host(stream: trio.SocketStream) -> bool:
-    return bool(stream.socket.getpeername()[0] == stream.socket.getsockname()[0])
-
-
-def _why(error: BaseException) -> str:
-    if isinstance(error, BaseExceptionGroup):
-        return _why(error.exceptions[0])
-    if error.__cause__ is not None and isinstance(error, OSError):  # trio reports every address that it tried
-        return _why(error.__cause__)
-    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
-        return os.strerror(error.errno)  # trio adds the address, which is said already
-    return getattr(error, "strerror", None) or str(error) or "it closed the connection"
+            self._budgets.links.give()
+            if self.get(link.peer) is link:
+                del self._held[link.peer]

@@ -17,7 +17,8 @@ from mpd.errors import LocalError
 from mpd.ids import PeerId
 
 KEY_BYTES = 20
-MAX_VALUE_BYTES = 1000
+MAX_VALUE_BYTES = 878  # with key, dates and signature a record has 1000, and fits into one datagram
+NO_ANSWER = "unreachable: no answer"  # how a bootstrap fares that is silent, for whatever reason
 MIN_TTL_S = 1.0
 MAX_TTL_S = 3600.0
 
@@ -46,7 +47,7 @@ class RendezvousStatus:
 
 
 class Rendezvous(Protocol):
-    """What the rest of the daemon knows of finding peers. Keys have 20 bytes, values 1 to 1000."""
+    """What the rest of the daemon knows of finding peers. Keys have 20 bytes, values 1 to 878."""
 
     async def announce(self, key: bytes, value: bytes, ttl_s: float) -> None:
         """Publish this peer's one record under `key` and keep it published until it is withdrawn or replaced.

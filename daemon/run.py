@@ -22,14 +22,15 @@ from mpd.errors import LocalError, RoundFailed
 from mpd.grid import Cell
 from mpd.ids import PeerId, RoundId, show_peer
 from mpd.layout import Terms
-from mpd.mass import MAX_MASS, Shares, Standing, after, certificate, enter
+from mpd.mass import Shares, Standing, after, certificate, enter
 from mpd.matchmaking import Alone
 from mpd.messages import Begin
-from mpd.reduce import AccumulatorPool, combine, members_of
+from mpd.reduce import combine, members_of
+from mpd.robust import pool_for
 from mpd.schedule import chunks
 
 from .lobby import Lobby
-from .memory import OutRegion, Region, private
+from .memory import OutRegion, Region, give_up, private
 from .sessions import RoundResult, RoundSession, Sessions
 from .vault import RegionVault
 
@@ -39,9 +40,9 @@ HISTORY_ROUNDS = 1000
 class TrainerSeat:
     """One attached trainer: its in region, and its place in the run."""
 
-    def __init__(self, run: "Run", label: str) -> None:
+    def __init__(self, run: "Run", label: str, in_region: Region) -> None:
         self.label = label
-        self.in_region = Region(run.terms.layout.n_bytes)
+        self.in_region = in_region
         self.snapshot: Region | None = None
         self.known_out = run.out  # the out region that this trainer has mapped
         self._run = run
@@ -51,16 +52,14 @@ class TrainerSeat:
         """The region in which results are published now."""
         return self._run.out
 
-    def open_snapshot(self) -> Region:
-        """Return a second region of the in region's size; made at the first call."""
+    async def open_snapshot(self) -> Region:
+        """Return a second region of the in region's size; made at the first call. One call at a time."""
         if self.snapshot is None:
-            self.snapshot = Region(self.in_region.n_bytes)
+            self.snapshot = await Region.make(self.in_region.n_bytes)
         return self.snapshot
 
     async def step(self, request: Step) -> Stepped:
         """Take part in the run's next step. Cancelled: the trainer takes it back. Raises LocalError if it cannot be."""
-        if request.weight > MAX_MASS:
-            raise LocalError(f"weight is {request.weight:g}: at most {MAX_MASS:g} expected")
         if request.source == "snapshot" and self.snapshot is None:
             raise LocalError("there is no snapshot region yet: ask for one before stepping from it")
         ask = _Ask(self, request)
@@ -119,13 +118,18 @@ class _Tally:
 
 
 class Run:
-    """A run and everything of it that lives on this daemon. `vanished` is called when its last trainer has gone."""
+    """A run and everything of it that lives on this daemon. `vanished` is called when its last trainer has gone.
 
-    def __init__(self, name: str, terms: Terms, lobby: Lobby, sessions: Sessions, limits: RoundLimits) -> None:
+    `out` is where its results are published, and closed in the end.
+    """
+
+    def __init__(
+        self, name: str, terms: Terms, lobby: Lobby, sessions: Sessions, limits: RoundLimits, out: OutRegion
+    ) -> None:
         self.name = name
         self.terms = terms
         self.lobby = lobby
-        self.out = OutRegion(terms.layout.n_bytes)
+        self.out = out
         self.seats: list[TrainerSeat] = []
         self.readers: set[TrainerSeat] = set()  # who may still copy from the out region
         self.rounds = 0
@@ -135,7 +139,7 @@ class Run:
         self.idle.set()
         self._sessions = sessions
         self._limits = limits
-        self._pool = AccumulatorPool()
+        self._pool = pool_for(terms.aggregate)
         self._generation = 0
         self._asks: list[_Ask] = []
         self._asked = trio.Event()
@@ -148,9 +152,9 @@ class Run:
 
     # -------------------------------------------------------------------------------------------------------- trainers
 
-    def sit(self, label: str) -> TrainerSeat:
-        """Attach a trainer. Raises LocalError if there is no memory for it."""
-        seat = TrainerSeat(self, label)
+    def sit(self, label: str, in_region: Region) -> TrainerSeat:
+        """Attach a trainer whose values will lie in `in_region`, which its seat closes."""
+        seat = TrainerSeat(self, label, in_region)
         self.seats.append(seat)
         return seat
 
@@ -161,6 +165,7 @@ class Run:
             self.readers.discard(seat)
             self._wake()
             if not self.seats:
+                self._free()
                 self.vanished()
 
     def add(self, ask: _Ask) -> None:
@@ -231,15 +236,15 @@ class Run:
         if len(asks) == 1:
             return vectors[0], asks[0].request.weight
         if self._gathered is None:
-            self._gathered = private(self.terms.layout.n_bytes)
+            self._gathered = await private(self.terms.layout.n_bytes)
         weights = [ask.request.weight for ask in asks]
         segments = self.terms.layout.segments
         await trio.to_thread.run_sync(combine, vectors, weights, segments, self._gathered)
-        return self._gathered, min(sum(weights), MAX_MASS)
+        return self._gathered, sum(weights)
 
     async def _average(self, tally: _Tally) -> None:
         deadline = tally.began + min(ask.request.timeout_s for ask in self._current)
-        self._renew_out()
+        await self._renew_out()
         vector, weight = await self._gather()
         is_exact = self.terms.rounds == "exact"
         standing: Standing | None = None
@@ -269,8 +274,8 @@ class Run:
         """Run one round from `source`; return its session, finished."""
         assert self._nursery is not None
         try:
-            target = self._target(source, rounds_left)
-        except LocalError:
+            target = await self._target(source, rounds_left)
+        except BaseException:
             self._sessions.refuse(RoundId(begin.round_id))
             self.lobby.fall_back()
             raise
@@ -297,12 +302,12 @@ class Run:
             self._sessions.end(session)
             self._lingering = [(view, other) for view, other in self._lingering if other is not session]
 
-    def _target(self, source: memoryview, rounds_left: int) -> memoryview:
+    async def _target(self, source: memoryview, rounds_left: int) -> memoryview:
         """Return where the next result goes: not over its source, and so that the last lands in the out region."""
         out = self.out.view
         if source is out or (rounds_left % 2 == 1 and source is not self._spare):
             if self._spare is None:
-                self._spare = private(self.terms.layout.n_bytes)
+                self._spare = await private(self.terms.layout.n_bytes)
             target = self._spare
         else:
             target = out
@@ -343,7 +348,8 @@ class Run:
             heads=tuple(member.heads for member in begin.members),
             whole=begin.whole,
         )
-        tally.exact, tally.heads = certificate(shares, result.contributors)
+        is_exact, tally.heads = certificate(shares, result.contributors)
+        tally.exact = is_exact and self.terms.aggregate == "mean"  # nothing else can be certified
         if self.terms.rounds != "exact":
             return None
         return after(standing, session.me, shares, result.contributors, begin.round_id, record.n_peers)
@@ -369,12 +375,20 @@ class Run:
 
     # ---------------------------------------------------------------------------------------------------------- memory
 
-    def _renew_out(self) -> None:
+    async def _renew_out(self) -> None:
         """If a trainer is still copying the last result, leave that region to it for good and take a new one."""
         if self.readers:
-            old, self.out = self.out, OutRegion(self.terms.layout.n_bytes)
-            old.close()  # rounds that still serve others from it hold it themselves
+            new = await OutRegion.make(self.terms.layout.n_bytes)
+            self.out.close()  # rounds that still serve others from it hold it themselves
+            self.out = new
             self.readers.clear()
+
+    def _free(self) -> None:
+        """Let go of everything large now: what ends the run waits for other peers."""
+        self.out.close()
+        unused = [view for view in (self._spare, self._gathered) if view is not None]
+        self._spare = self._gathered = None
+        give_up(unused)
 
     def _publish(self, vector: memoryview) -> None:
         if vector is not self.out.view:

@@ -28,6 +28,7 @@ from mpd.messages import (
     Here,
     Join,
     Joined,
+    News,
     Quit,
     RunTerms,
     Scoped,
@@ -37,11 +38,15 @@ from mpd.wire import Header
 
 from .links import Landing, Link
 from .lobby import Lobby, LobbyServices
+from .memory import OutRegion, Region
+from .news import NewsDesk
 from .peers import Peers
 from .run import HISTORY_ROUNDS, Run, TrainerSeat
 from .sessions import Sessions
 
 MAX_RUN_NAME_CHARS = 256
+_FEW_TENSORS = 5000  # 10 ms: what other runs may have to wait
+OBSERVER = "observer"
 
 
 class Runs:
@@ -50,12 +55,14 @@ class Runs:
     def __init__(self, services: LobbyServices, sessions: Sessions) -> None:
         self.peer = services.own
         self.status: Callable[[], dict[str, Any]] = dict
+        self.role: Callable[[], str] = str  # what this machine may do in its swarm
         self.leaving = trio.Event()
         self._services = services
         self._sessions = sessions
         self._runs: dict[str, Run] = {}
         self._past: deque[dict[str, Any]] = deque(maxlen=HISTORY_ROUNDS)  # rounds of runs whose trainers have gone
         self._turns: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+        self._attaching = trio.Lock()  # one at a time: a run begins once, and memory is promised once
         self._nursery: trio.Nursery | None = None
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -65,31 +72,40 @@ class Runs:
             task_status.started()
             await trio.sleep_forever()
 
-    def attach(self, request: Attach, label: str) -> TrainerSeat:
-        """Give a trainer its place in a run. Raises LocalError with what it should change."""
+    async def attach(self, request: Attach, label: str) -> TrainerSeat:
+        """Give a trainer its place in a run. Raises LocalError with what it should change. Cancelled: it has none."""
         if not 0 < len(request.run) <= MAX_RUN_NAME_CHARS or not request.run.isprintable():
             raise LocalError(f"a run's name has 1 to {MAX_RUN_NAME_CHARS} printable characters")
+        terms = await _terms_of(request)
+        async with self._attaching:
+            self._ensure_welcome(request.run, terms)
+            in_region = await Region.make(terms.layout.n_bytes)
+            try:
+                if request.run not in self._runs:
+                    out = await OutRegion.make(terms.layout.n_bytes)
+                    self._begin(request.run, terms, out)
+                return self._runs[request.run].sit(label, in_region)
+            except BaseException:
+                in_region.close()
+                raise
+
+    def _ensure_welcome(self, name: str, terms: Terms) -> None:
         if self.leaving.is_set() or self._nursery is None:
             raise LocalError("this daemon is leaving: attach to another one")
-        terms = Terms(Layout(request.tensors), request.group_size, request.rounds, request.codec, request.aggregate)
-        run = self._runs.get(request.run)
-        if run is None:
-            lobby = Lobby(request.run, terms, self._services)
-            run = Run(request.run, terms, lobby, self._sessions, self._services.limits)
-            try:
-                seat = run.sit(label)
-            except LocalError:
-                run.out.close()
-                raise
-            self._runs[request.run] = run
-            scope = trio.CancelScope()
-            run.vanished = functools.partial(self._end, run, scope)
-            self._nursery.start_soon(self._carry, run, scope)
-            return seat
-        difference = terms.first_difference(run.terms)
+        if self.role() == OBSERVER:
+            raise LocalError("this machine is an observer in its swarm and takes part in no round: get another invite")
+        run = self._runs.get(name)
+        difference = terms.first_difference(run.terms) if run is not None else None
         if difference is not None:
-            raise LocalError(f"run {request.run!r} is in use on this daemon with other terms: {difference}")
-        return run.sit(label)
+            raise LocalError(f"run {name!r} is in use on this daemon with other terms: {difference}")
+
+    def _begin(self, name: str, terms: Terms, out: OutRegion) -> None:
+        assert self._nursery is not None
+        run = Run(name, terms, Lobby(name, terms, self._services), self._sessions, self._services.limits, out)
+        self._runs[name] = run
+        scope = trio.CancelScope()
+        run.vanished = functools.partial(self._end, run, scope)
+        self._nursery.start_soon(self._carry, run, scope)
 
     async def _carry(self, run: Run, scope: trio.CancelScope) -> None:
         # A run that ends takes its announcements back before one of the same name makes them anew.
@@ -159,17 +175,29 @@ class Runs:
         }
 
 
+async def _terms_of(request: Attach) -> Terms:
+    """Return the terms of a run, their layout worked out. Raises LocalError. A million tensors take seconds."""
+
+    def make() -> Terms:
+        terms = Terms(Layout(request.tensors), request.group_size, request.rounds, request.codec, request.aggregate)
+        assert terms.layout.digest  # which is kept, as all that leads to it
+        return terms
+
+    return make() if len(request.tensors) <= _FEW_TENSORS else await trio.to_thread.run_sync(make)
+
+
 def vars_of(record: Any) -> dict[str, Any]:
     """Return the fields of a slotted dataclass."""
     return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 
 class Switchboard:
-    """Hears from all links; made before them, so `runs`, `sessions` and `peers` are set by the composition root."""
+    """Hears from all links; made before them, so the composition root sets whom it tells."""
 
     runs: Runs
     sessions: Sessions
     peers: Peers
+    news: NewsDesk
 
     def __init__(self, nursery: trio.Nursery, say: Callable[[str], None]) -> None:
         self._nursery = nursery
@@ -178,6 +206,7 @@ class Switchboard:
     def on_link_up(self, link: Link) -> None:
         """A new link: if we do not know yet whether we can be dialled, ask."""
         self._say(f"linked to {show_peer(link.peer)}")
+        self.news.on_link_up(link, link.news)
         if self.peers.endpoint.port and not self.peers.is_reachable:
             link.send(DialBack(self.peers.endpoint.port))
 
@@ -188,6 +217,10 @@ class Switchboard:
         if self.peers.get(link.peer) in (None, link):
             self.runs.on_gone(link.peer, reason)
 
+    def expects(self, link: Link, header: Header) -> bool:
+        """Return whether a record's round is known."""
+        return self.sessions.expects(link, header)
+
     async def landing(self, link: Link, header: Header) -> Landing | None:
         """A record is on its way."""
         return await self.sessions.landing(link, header)
@@ -195,6 +228,8 @@ class Switchboard:
     def on_message(self, link: Link, message: Any) -> None:
         """A message has come. Raises PeerError if this peer may not say that."""
         match message:
+            case Join() if link.member.role == OBSERVER:
+                raise PeerError("it is an observer, which may take part in no round, and asked to join one")
             case Scoped():
                 self.sessions.on_scoped(link, message)
             case UnknownRound():
@@ -210,6 +245,8 @@ class Switchboard:
                 self._nursery.start_soon(self._dial_back, link, message)
             case DialledBack():
                 self._on_dialled_back(message)
+            case News():
+                self.news.on_news(link, message)
             case _:
                 raise PeerError(f"it said {type(message).__name__} on a link that is already made")
 

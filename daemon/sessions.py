@@ -19,9 +19,9 @@ from mpd.ids import Endpoint, PeerId, RoundId, peer_id
 from mpd.messages import EXCHANGE, Begin, Scoped, UnknownRound
 from mpd.wire import Header, Kind
 
-from .links import Landing, Link
+from .links import MAX_REPAIRS, Landing, Link
 from .peers import Peers, Unreachable
-from .transfers import Arrival, Bye, Departure, StagePool
+from .transfers import Arrival, Bye, Departure, Notice
 from .vault import RegionVault
 
 _TICK_S = 0.1  # the machine's timers are looked at this often at least
@@ -48,7 +48,7 @@ class RoundResult:
 class RoundSession:
     """One round of this daemon."""
 
-    def __init__(self, begin: Begin, plan: RoundPlan, vault: RegionVault, peers: Peers, stages: StagePool) -> None:
+    def __init__(self, begin: Begin, plan: RoundPlan, vault: RegionVault, peers: Peers) -> None:
         now = trio.current_time()
         self.begin = begin
         self.round_id = RoundId(begin.round_id)
@@ -61,7 +61,6 @@ class RoundSession:
         self.bytes_received = 0
         self.exchange = Exchange(plan, vault, now)
         self.landings: dict[int, Arrival] = {}  # results being received straight into their slots
-        self.stages = stages
         self._began = now
         self._seconds = 0.0
         self._bytes_sent_by_end = 0
@@ -131,27 +130,25 @@ class RoundSession:
 
     def landing(self, link: Link, header: Header) -> Landing | None:
         """Say where a record goes. Raises PeerError if it cannot be part of this round."""
-        place = self._place_on(link)
         if header.kind is Kind.BYE:
-            self.on_lost(link, "it left the round")
-            return None
+            return Notice(lambda: self.on_lost(link, "it left the round"))
+        place = self._place_on(link)
         if place is None or self.gone.is_set():
             return None
         why = self.vault.accepts(header.chunk, header.member, header.length, header.codec)
         if why:
             raise PeerError(f"it sent {why}")
         if header.kind is Kind.PIECE:
-            if self.exchange.wants_piece(place, header.chunk, header.version):
-                return Arrival(self, place, header, self.stages.take(header.length))
-        elif self.exchange.wants_result(place, header.chunk, header.version):
-            # In place only where nothing is overwritten: an older version may be on its way to others, or be kept.
-            is_free = header.chunk not in self.landings and not self.exchange.is_occupied(header.chunk)
-            if self.vault.codec.identity and is_free:
-                landing = Arrival(self, place, header, self.vault.slot_view(header.chunk), in_place=True)
-                self.landings[header.chunk] = landing
-                return landing
-            return Arrival(self, place, header, self.stages.take(header.length))
-        return Arrival(self, place, header, self.stages.take(header.length))
+            self.exchange.wants_piece(place, header.chunk, header.version)  # or it raises
+        elif self.exchange.wants_result(place, header.chunk, header.version) and self._is_free(header.chunk):
+            landing = Arrival(self, place, header, self.vault.slot_view(header.chunk))
+            self.landings[header.chunk] = landing
+            return landing
+        return Arrival(self, place, header)
+
+    def _is_free(self, chunk: int) -> bool:
+        """True if a result may be received in its place: nothing is overwritten that others may still want."""
+        return self.vault.codec.identity and chunk not in self.landings and not self.exchange.is_occupied(chunk)
 
     # ------------------------------------------------------------------------------------------------------- to them
 
@@ -200,6 +197,7 @@ class RoundSession:
         self._links[place] = link
         link.busy += 1
         link.patience_s = _progress_s(self.begin)
+        link.repairs_left = MAX_REPAIRS
         for item in self._waiting.pop(place, []):
             self._to(place, item)
 
@@ -276,7 +274,6 @@ class Sessions:
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
-        self._stages = StagePool()
         self._sessions: dict[RoundId, RoundSession] = {}
         self._ended: collections.OrderedDict[RoundId, None] = collections.OrderedDict()
         self._held: dict[Link, collections.deque[_Held]] = {}
@@ -290,7 +287,7 @@ class Sessions:
         """
         deadline = min(deadline, trio.current_time() + begin.timeout_s)
         plan = _plan(begin, me, vault, deadline)
-        session = RoundSession(begin, plan, vault, self._peers, self._stages)
+        session = RoundSession(begin, plan, vault, self._peers)
         session.feed(session.exchange.start)  # before anything can arrive for it
         self._sessions[session.round_id] = session
         for link, held in self._take_held(session.round_id):
@@ -311,17 +308,20 @@ class Sessions:
             self._ended.popitem(last=False)
         self._wake()
 
+    def expects(self, link: Link, header: Header) -> bool:
+        """Return whether a record belongs to a round that is known here, or needs none."""
+        return header.round_id in self._sessions or header.kind is Kind.BYE
+
     async def landing(self, link: Link, header: Header) -> Landing | None:
         """Find the round of a record; if it is unknown, ask for its BEGIN and wait a moment."""
         session = self._sessions.get(header.round_id)
-        if session is None and header.kind in (Kind.PIECE, Kind.CHUNK):
-            session = await self._wait_for(link, header.round_id)
-            if session is None and (link, header.round_id) != self._told:
-                self._told = (link, header.round_id)
-                link.ship(Bye(header.round_id))
         if session is None and header.kind is Kind.BYE:
-            self._hold(link, _Held(header.round_id, None))
-        return session.landing(link, header) if session is not None else None
+            return Notice(lambda: self._on_early_bye(link, header.round_id))
+        if session is None:
+            session = await self._wait_for(link, header.round_id)
+        if session is None:
+            return Notice(lambda: self._turn_away(link, header.round_id))
+        return session.landing(link, header)
 
     def on_scoped(self, link: Link, message: Scoped) -> None:
         """A message for the machine of a round."""
@@ -344,6 +344,20 @@ class Sessions:
         self._held.pop(link, None)
         for session in list(self._sessions.values()):
             session.on_lost(link, reason)
+
+    def _on_early_bye(self, link: Link, round_id: RoundId) -> None:
+        """A goodbye to a round that is unknown here, or was when it began to arrive."""
+        session = self._sessions.get(round_id)
+        if session is not None:
+            session.on_lost(link, "it left the round")
+        else:
+            self._hold(link, _Held(round_id, None))
+
+    def _turn_away(self, link: Link, round_id: RoundId) -> None:
+        """A record of a round in which we take no part has come: say so, once."""
+        if (link, round_id) != self._told:
+            self._told = (link, round_id)
+            link.ship(Bye(round_id))
 
     def _hold(self, link: Link, held: "_Held") -> None:
         if held.round_id not in self._ended:

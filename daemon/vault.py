@@ -1,9 +1,9 @@
 """The bytes of one round: where pieces come from, where they are summed, and where results lie.
 
-`Exchange` decides, this computes. Inputs are read where the trainer (or the round before) left them, sums live in
-pooled memory while a chunk is open, and results go to their slots in the output vector. Before a slot is written,
-whoever still reads from it or is receiving into it is told (`before_write`), so that no link ever carries a mixture of
-two versions.
+`Exchange` decides, this computes. Inputs are read where the trainer (or the round before) left them, sums (or, where
+members may be bad, the pieces themselves) live in pooled memory while a chunk is open, and results go to their slots in
+the output vector. Before a slot is written, whoever still reads from it or is receiving into it is told
+(`before_write`), so that no link ever carries a mixture of two versions.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 from mpd.codecs import Codec
 from mpd.errors import PeerError, RoundFailed
 from mpd.reduce import Accumulator, AccumulatorPool, first_non_finite, members_of
+from mpd.robust import Stack, StackPool
 from mpd.schedule import Chunk
 
 IN_PLACE = object()  # the payload of a result that was received straight into its slot
@@ -38,13 +39,13 @@ class RegionVault:
         self.slots = slots
         self._weights = _scaled(weights)
         self._me = me
-        self._open: dict[int, Accumulator | None] = {}
+        self._open: dict[int, Accumulator | Stack | None] = {}
         self._encoded: dict[int, memoryview | bytes] = {}
 
-    def use(self, codec: Codec, pool: AccumulatorPool) -> "RegionVault":
-        """Set how values travel and whose memory sums take; returns itself."""
+    def use(self, codec: Codec, pool: AccumulatorPool | StackPool) -> "RegionVault":
+        """Set how values travel, and what sums them in whose memory; returns itself."""
         self.codec = codec
-        self._pool = pool
+        self._pool: Any = pool  # takes back what it handed out, so the two kinds never meet
         return self
 
     # --------------------------------------------------------------------------------------- what the exchange asks for
@@ -128,17 +129,19 @@ class RegionVault:
             return f"{n_bytes} bytes for chunk {chunk}; {limit} are planned"
         return ""
 
-    def _sums(self, chunk: int) -> Accumulator:
+    def _sums(self, chunk: int) -> Accumulator | Stack:
         """Return the sum of an open chunk, with this member's own piece in it if that counts."""
-        sums = self._open[chunk]
-        if sums is None:
-            piece, weight = self.chunks[chunk], self._weights[self._me]
-            sums = self._open[chunk] = self._pool.take(piece.dtype, piece.n_elems)
-            if weight > 0:
-                try:
-                    sums.add(self.input_view(chunk), weight)
-                except PeerError as error:
-                    raise RoundFailed(f"this machine's own values cannot be averaged: {error}") from error
+        begun = self._open[chunk]
+        if begun is not None:
+            return begun
+        piece, weight = self.chunks[chunk], self._weights[self._me]
+        sums: Accumulator | Stack = self._pool.take(piece.dtype, piece.n_elems)
+        self._open[chunk] = sums
+        if weight > 0:
+            try:
+                sums.add(self.input_view(chunk), weight)
+            except PeerError as error:
+                raise RoundFailed(f"this machine's own values cannot be averaged: {error}") from error
         return sums
 
     def _values(self, chunk: int, payload: memoryview) -> memoryview:

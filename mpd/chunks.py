@@ -101,18 +101,18 @@ class Chunks:
     # results
 
     def wants_result(self, sender: int, chunk: int, version: int) -> bool:
-        """True if this result would be stored. Raises PeerError if `sender` cannot have it.
-
-        One whose plan has yet to come is noted, to be wanted from `sender` later.
-        """
+        """True if this result would be stored. Raises PeerError if `sender` cannot have it."""
         self._check(chunk, version)
-        if version > self.plan.epoch:
-            self.seeker.note_early(chunk, version, sender)
         if version != self.plan.table[chunk][0] or version == self.versions[chunk]:
             return False
         if chunk in self.collector:
             raise PeerError(f"member {sender} sends chunk {chunk}, version {version}, which I am still writing")
         return True
+
+    def note_result(self, sender: int, chunk: int, version: int) -> None:
+        """A result has come: one whose plan has yet to come will be wanted from `sender` when it does."""
+        if version > self.plan.epoch:
+            self.seeker.note_early(chunk, version, sender)
 
     def check_contributors(self, contributors: int) -> None:
         """Raise PeerError unless `contributors` can be those of a chunk."""

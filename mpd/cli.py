@@ -7,16 +7,17 @@ and shell completion answer at once. Whatever goes wrong becomes one sentence on
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mpd import __version__
+from mpd.cli_options import ADDRESS, JSON, SOCKET, STATE_DIR, default_state_dir
+from mpd.cli_swarm import swarm
 from mpd.config import DEFAULT_PORT, DaemonConfig, NetConfig
-from mpd.errors import DaemonUnavailable, LocalError, MpdError
-from mpd.ids import Endpoint, PeerId, parse_endpoint, show_peer
+from mpd.errors import DaemonUnavailable, MpdError
+from mpd.ids import Endpoint, PeerId, show_peer
 
 _FAILED, _NO_DAEMON = 1, 3
 
@@ -36,31 +37,6 @@ class _Commands(click.Group):
             ctx.exit(code)
 
 
-class _Address(click.ParamType[Endpoint]):
-    """HOST:PORT, checked while the command line is read."""
-
-    name = "HOST:PORT"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Endpoint:
-        if isinstance(value, Endpoint):
-            return value
-        try:
-            return parse_endpoint(value, DEFAULT_PORT)
-        except LocalError as error:
-            self.fail(str(error), param, ctx)
-
-
-_ADDRESS = _Address()
-_SOCKET = click.option(
-    "--socket",
-    "socket_path",
-    type=click.Path(path_type=Path),
-    envvar="MPD_SOCKET",
-    help="The daemon's local socket.  [default: mpd/mpd.sock under XDG_RUNTIME_DIR]",
-)
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, whose keys stay as they are.")
-
-
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -78,29 +54,43 @@ def cli() -> None:
     """
 
 
+cli.add_command(swarm)
+
+
 @cli.command()
-@click.option("--bootstrap", type=_ADDRESS, multiple=True, help="A daemon of the swarm to find the others through.")
+@click.option("--bootstrap", type=ADDRESS, multiple=True, help="A daemon of the swarm to find the others through.")
 @click.option(
     "--listen",
-    type=_ADDRESS,
-    default=f"127.0.0.1:{DEFAULT_PORT}",
+    type=ADDRESS,
+    default=f"0.0.0.0:{DEFAULT_PORT}",
     show_default=True,
-    help="Where other daemons reach this one, by TCP and UDP. Port 0: a free one, the same every time.",
+    help="Where other daemons reach this one, by TCP and UDP; [::]:PORT for both IPv6 and IPv4. "
+    "Port 0: a free one, the same every time.",
 )
-@click.option("--announce", type=_ADDRESS, help="The address to tell others, if it is not the one listened on.")
+@click.option("--announce", type=ADDRESS, help="The address to tell others, if it is not the one listened on.")
 @click.option("--outbound-only", is_flag=True, help="Accept no connections: dial everyone, reduce nothing.")
-@_SOCKET
 @click.option(
-    "--state-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Where the key and the known peers are kept.  [default: mpd under XDG_STATE_HOME]",
+    "--invite",
+    default="",
+    metavar="TOKEN",
+    envvar="MPD_INVITE",
+    help="Become a member of a private swarm; needed once. See `mpd swarm`.",
 )
+@click.option(
+    "--plain-on-loopback",
+    is_flag=True,
+    help="Do not seal tensors, to measure what sealing costs. All peers must say so and listen on loopback.",
+)
+@SOCKET
+@STATE_DIR
 @click.option("-v", "--verbose", is_flag=True, help="Log everything, tracebacks included.")
 def join(
     bootstrap: tuple[Endpoint, ...],
     listen: Endpoint,
     announce: Endpoint | None,
     outbound_only: bool,
+    invite: str,
+    plain_on_loopback: bool,
     socket_path: Path | None,
     state_dir: Path | None,
     verbose: bool,
@@ -110,9 +100,10 @@ def join(
     \b
     Examples:
       mpd join
-      mpd join --bootstrap 192.0.2.7:4747 --listen 0.0.0.0:4747
+      mpd join --bootstrap 192.0.2.7:4747
+      mpd join --invite mpdi1.xxxx
 
-    Peers talk in the clear in this version: listen on loopback, or on a network that you trust.
+    Without an invite this makes or joins an open swarm: sealed, but anyone who reaches a daemon can take part.
     """
     import trio
 
@@ -122,18 +113,21 @@ def join(
 
     if not all(address.port for address in bootstrap):
         raise click.UsageError("--bootstrap needs the port that the daemon there listens on")
+    if plain_on_loopback and not listen.is_loopback:
+        raise click.UsageError(f"--plain-on-loopback needs --listen with a loopback address, not {listen}")
     config = DaemonConfig(
         socket=(socket_path or default_socket_path()).absolute(),
-        state_dir=(state_dir or _default_state_dir()).absolute(),
-        net=NetConfig(listen, announce, bootstrap, outbound_only),
+        state_dir=(state_dir or default_state_dir()).absolute(),
+        net=NetConfig(listen, announce, bootstrap, outbound_only, plain_on_loopback),
+        invite=invite,
     )
     setup(verbose)
     trio.run(run_daemon, config, _greet)
 
 
 @cli.command()
-@_SOCKET
-@_JSON
+@SOCKET
+@JSON
 def status(socket_path: Path | None, as_json: bool) -> None:
     """Show what this machine's daemon is doing, and why.
 
@@ -156,8 +150,8 @@ def status(socket_path: Path | None, as_json: bool) -> None:
 @cli.command()
 @click.option("--run", "run", default="", help="Only the rounds of this run.")
 @click.option("--last", type=click.IntRange(min=1), default=20, show_default=True, help="How many, the newest last.")
-@_JSON
-@_SOCKET
+@JSON
+@SOCKET
 def rounds(run: str, last: int, as_json: bool, socket_path: Path | None) -> None:
     """Show the last rounds: who took part, how long it took, and what went wrong.
 
@@ -178,8 +172,8 @@ def rounds(run: str, last: int, as_json: bool, socket_path: Path | None) -> None
 
 
 @cli.command()
-@_JSON
-@_SOCKET
+@JSON
+@SOCKET
 def peers(as_json: bool, socket_path: Path | None) -> None:
     """Show the peers that this machine's daemon is linked to.
 
@@ -200,7 +194,7 @@ def peers(as_json: bool, socket_path: Path | None) -> None:
 
 
 @cli.command()
-@_SOCKET
+@SOCKET
 def leave(socket_path: Path | None) -> None:
     """Let the daemon finish its round, say goodbye to its peers, and exit.
 
@@ -223,16 +217,6 @@ def _greet(listen: Endpoint, announced: Endpoint, peer: PeerId) -> None:
         click.echo(f"peer {show_peer(peer)} is up; others on this machine join with: mpd join --bootstrap {announced}")
     else:
         click.echo(f"peer {show_peer(peer)} is up; others join with: mpd join --bootstrap {announced}")
-    if not listen.is_loopback:
-        click.echo(
-            "warning: peers talk in the clear and anyone who reaches this address can join; use a trusted network",
-            err=True,
-        )
-
-
-def _default_state_dir() -> Path:
-    home = os.environ.get("XDG_STATE_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "state") / "mpd"
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

@@ -17,13 +17,19 @@ class NetConfig:
     """Where this daemon listens and what it tells others.
 
     `announce` is the address that others are told; None means: derive it from the listening socket. An `outbound_only`
-    daemon accepts no connection, so it dials everyone and reduces nothing.
+    daemon accepts no connection, so it dials everyone and reduces nothing. With `plain_data`, tensors travel in the
+    clear between daemons that all say so; it exists to measure what sealing costs, and only where nobody can listen.
     """
 
-    listen: Endpoint = field(default_factory=lambda: Endpoint("127.0.0.1", DEFAULT_PORT))
+    listen: Endpoint = field(default_factory=lambda: Endpoint("0.0.0.0", DEFAULT_PORT))
     announce: Endpoint | None = None
     bootstrap: tuple[Endpoint, ...] = ()
     outbound_only: bool = False
+    plain_data: bool = False
+
+    def __post_init__(self) -> None:
+        if self.plain_data and not self.listen.is_loopback:
+            raise ValueError(f"tensors may travel in the clear on a loopback address only, not on {self.listen}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +55,10 @@ class RoundLimits:
 
 @dataclass(frozen=True, slots=True)
 class DaemonConfig:
-    """Everything `mpd join` decides, read once."""
+    """Everything `mpd join` decides, read once. `invite` is the token to become a member with, or empty."""
 
     socket: Path
     state_dir: Path
     net: NetConfig = field(default_factory=NetConfig)
     limits: RoundLimits = field(default_factory=RoundLimits)
+    invite: str = field(default="", repr=False)  # a token lets its bearer in: it appears in no log

@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass, field
 
 from mpd.errors import LocalError
-from mpd.layout import TensorSpec
+from mpd.layout import MAX_WEIGHT, TensorSpec
 from mpd.vocabulary import Vocabulary
 
 CONTROL_VERSION = 1
@@ -83,8 +83,8 @@ class Step:
     source: str = "in"
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise ValueError(f"weight is {self.weight}: a positive finite number expected")
+        if not 0 < self.weight <= MAX_WEIGHT:
+            raise ValueError(f"weight is {self.weight}: a positive number up to {MAX_WEIGHT:g} expected")
         if not 0 < self.timeout_s < float("inf"):
             raise ValueError(f"timeout is {self.timeout_s}: a positive number of seconds expected")
         if self.source not in ("in", "snapshot"):

@@ -97,6 +97,7 @@ class Exchange:
         """The mean of a chunk has arrived. Raises PeerError if the sender must not send it."""
         wanted = self.wants_result(sender, chunk, version)
         self._chunks.check_contributors(contributors)
+        self._chunks.note_result(sender, chunk, version)
         self._note_delivery(now, sender)
         if wanted:
             try:
@@ -178,7 +179,7 @@ class Exchange:
     def wants_result(self, sender: int, chunk: int, version: int) -> bool:
         """True if this result would be stored. Raises PeerError if `sender` cannot have it.
 
-        Ask before every body: a result whose plan has yet to come is noted, and wanted from `sender` when it does.
+        Asked before the body is read, so nothing is believed yet: the header may be anybody's.
         """
         wanted = self._chunks.wants_result(sender, chunk, version)
         return wanted and self.ended is None and self._group.is_linked(sender)

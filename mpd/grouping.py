@@ -9,12 +9,12 @@ import random
 from mpd.errors import RoundFailed
 from mpd.grid import Shape, axis_of, line_of, on_grid, seating
 from mpd.ids import ROUND_ID_BYTES, PeerId
+from mpd.layout import MAX_WEIGHT
 from mpd.mass import shares
 from mpd.messages import Begin, Join, Member
 from mpd.schedule import chunk_bytes_for, fractions
 
 MAX_LEFT_OUT = 1024
-MAX_BANDWIDTH = 1e12  # bytes per second; above any link, and no sum of these overflows
 
 
 def compose_begin(
@@ -39,19 +39,25 @@ def compose_begin(
         progress_s: how long a member may deliver nothing while others wait for it.
         payload_bytes: size of the vector.
 
-    A ticket that does not stand on the leader's line is left out. Raises RoundFailed if fewer than two members remain,
-    if nobody among them can reduce, or if nobody's weight counts.
+    All members that can be dialled reduce equal shards. Their tickets say how fast their links were, not how fast they
+    could be, and between processes of one machine even that is mostly noise: good enough to bound the chunks, not to
+    move work from one member to another.
+
+    A ticket that does not stand on the leader's line, or that weighs more than a peer may, is left out. Raises
+    RoundFailed if fewer than two members remain, if nobody among them can reduce, or if nobody's weight counts.
     """
     leader = members[0][1]
-    fitting = {peer: ticket for peer, ticket in members if _same_line(ticket, leader, shape)}
-    strays = {peer: "stands on another line of the grid" for peer, _ in members if peer not in fitting}
-    left_out = left_out | strays
+    misfits = {peer: why for peer, ticket in members if (why := _misfit(ticket, leader, shape, exact))}
+    fitting = {peer: ticket for peer, ticket in members if peer not in misfits}
+    left_out = left_out | misfits
     if len(fitting) < 2:
         raise RoundFailed("nobody who joined stands on our line of the grid")
     round_id = rng.randbytes(ROUND_ID_BYTES)
     peers = seating(fitting, round_id)
     tickets = [fitting[PeerId(peer)] for peer in peers]
-    split = fractions(_bandwidths(tickets))
+    if not any(ticket.inbound for ticket in tickets):
+        raise RoundFailed("nobody in the group accepts connections, so nobody can reduce")
+    split = fractions([float(ticket.inbound) for ticket in tickets])
     share = shares([ticket.standing for ticket in tickets], leader.number, shape, exact)
     if sum(share.weights) <= 0:
         raise RoundFailed("nobody in the group brings any weight into this round")
@@ -69,23 +75,25 @@ def compose_begin(
             )
         ),
         whole=share.whole and not left_out,
-        chunk_bytes=chunk_bytes_for(payload_bytes, len(peers)),
+        chunk_bytes=chunk_bytes_for(payload_bytes, len(peers), _slowest(tickets)),
         timeout_s=max(ticket.time_left_s for ticket in tickets),
         progress_s=progress_s,
         left_out={bytes(peer): why for peer, why in list(left_out.items())[:MAX_LEFT_OUT]},
     )
 
 
-def _same_line(ticket: Join, leader: Join, shape: Shape) -> bool:
+def _misfit(ticket: Join, leader: Join, shape: Shape, exact: bool) -> str:
+    """Return why a ticket cannot be part of the leader's group, or an empty string."""
     axis = axis_of(leader.number, shape)
-    cell, place = ticket.standing.cell, leader.standing.cell
-    return on_grid(cell, shape) and line_of(cell, axis) == line_of(place, axis)
+    cell, place, mass = ticket.standing.cell, leader.standing.cell, ticket.standing.mass
+    if not on_grid(cell, shape) or line_of(cell, axis) != line_of(place, axis):
+        return "stands on another line of the grid"
+    # Mass moves in the later rounds of a cycle only. In any other it is the weight of the peer's own trainers.
+    if mass > MAX_WEIGHT and (axis == 0 or not exact):
+        return f"weighs {mass:g}: at most {MAX_WEIGHT:g} expected"
+    return ""
 
 
-def _bandwidths(tickets: list[Join]) -> list[float]:
-    """Return what each member can reduce with; who has measured nothing yet counts as the mean of those who have."""
-    if not any(ticket.inbound for ticket in tickets):
-        raise RoundFailed("nobody in the group accepts connections, so nobody can reduce")
-    measured = [min(ticket.bandwidth, MAX_BANDWIDTH) for ticket in tickets if ticket.inbound and ticket.bandwidth > 0]
-    mean = sum(measured) / len(measured) if measured else 1.0
-    return [min(ticket.bandwidth, MAX_BANDWIDTH) or mean if ticket.inbound else 0.0 for ticket in tickets]
+def _slowest(tickets: list[Join]) -> float:
+    """Return the smallest bandwidth that any member has measured, 0 if nobody has."""
+    return min((ticket.bandwidth for ticket in tickets if ticket.bandwidth > 0), default=0.0)

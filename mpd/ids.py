@@ -43,6 +43,16 @@ def show_peer(peer: bytes) -> str:
     return base64.b32encode(peer).decode("ascii").lower()
 
 
+def parse_peer(text: str) -> PeerId:
+    """Return the peer that `show_peer` shows as `text`. Raises LocalError."""
+    try:
+        return peer_id(base64.b32decode(text, casefold=True))
+    except ValueError as error:
+        raise LocalError(
+            f"{text[:64]!r} is not a peer: the 32 letters and digits expected that `mpd status` shows"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Endpoint:
     """A host (name or numeric address, no brackets) and a port from 0 to 65535. Raises ValueError for anything else.

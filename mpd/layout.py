@@ -20,6 +20,7 @@ ITEM_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "b
 """Bytes per element of every dtype that mpd averages, in the order of their segments."""
 
 CODEC_NAMES = ("raw", "float16", "zstd")
+AGGREGATE_NAMES = ("mean", "clip", "trimmed")
 SEGMENT_ALIGNMENT_BYTES = 64
 
 MAX_NAME_CHARS = 1024
@@ -28,6 +29,7 @@ MAX_TENSORS = 2**20
 MAX_LAYOUT_BYTES = 2**40
 MIN_GROUP_SIZE = 2
 MAX_GROUP_SIZE = 48
+MAX_WEIGHT = 1e8  # of a trainer, or of all trainers of a machine together: far above any batch
 
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(ITEM_BYTES)}
 
@@ -200,8 +202,13 @@ class Terms:
             raise LocalError(f"rounds is {self.rounds!r}: 1 or 'exact' expected")
         if self.codec not in CODEC_NAMES:
             raise LocalError(f"codec is {self.codec!r}: one of {', '.join(CODEC_NAMES)} expected")
-        if self.aggregate != "mean":
-            raise LocalError(f"aggregate is {self.aggregate!r}: 'mean' expected")
+        if self.aggregate not in AGGREGATE_NAMES:
+            raise LocalError(f"aggregate is {self.aggregate!r}: one of {', '.join(AGGREGATE_NAMES)} expected")
+        if self.rounds == "exact" and self.aggregate != "mean":
+            raise LocalError(
+                f"aggregate is {self.aggregate!r} with rounds='exact': only a mean of group means is the mean of all "
+                "peers, so nothing else can be certified; use rounds=1 or aggregate='mean'"
+            )
 
     @cached_property
     def digest(self) -> bytes:

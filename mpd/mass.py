@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from mpd.errors import PeerError
 from mpd.grid import MAX_PEERS, Cell, Shape, axis_of, line_of, next_cell, on_grid
 from mpd.ids import ROUND_ID_BYTES
+from mpd.layout import MAX_WEIGHT
 
-MAX_MASS = 1e30  # far above any batch; keeps sums of hostile weights finite
+MAX_MASS = MAX_WEIGHT * MAX_PEERS  # of a cell in the middle of a cycle
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Standing:
     """What a peer brings into a round. It travels between peers; nonsense raises ValueError.
 
     `mass` and `heads` are those of the peer's whole cell. `origin` is the id of the round they come from (empty before
-    the first round of a cycle), `seen` its number (or -1), and `full` says that nothing was lost up to there.
+    the first round of a cycle, when the mass is a plain weight), `seen` its number (or -1), and `full` says that
+    nothing was lost up to there.
     """
 
     mass: float
@@ -42,8 +44,9 @@ class Standing:
     cell: Cell
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mass <= MAX_MASS:
-            raise ValueError(f"a mass of {self.mass}: 0 to {MAX_MASS:g} expected")
+        limit = MAX_MASS if self.origin else MAX_WEIGHT
+        if not 0 <= self.mass <= limit:
+            raise ValueError(f"{'a mass' if self.origin else 'a weight'} of {self.mass}: 0 to {limit:g} expected")
         if not 0 <= self.heads <= MAX_PEERS:
             raise ValueError(f"{self.heads} heads: 0 to {MAX_PEERS} expected")
         if len(self.origin) not in (0, ROUND_ID_BYTES):
@@ -70,10 +73,11 @@ class Shares:
 def enter(weight: float, cell: Cell) -> Standing:
     """Return the standing of a peer at the start of a cycle, or of a step where rounds are not exact.
 
-    `weight` is the trainers' weight, 0 to `MAX_MASS`. A peer that comes in the middle of a cycle is welcome with the
-    same standing: it has not seen the round before, so it weighs nothing and ends exact like everybody else.
+    `weight` is that of all trainers of the peer together, which count as `MAX_WEIGHT` at most. A peer that comes in the
+    middle of a cycle is welcome with the same standing: it has not seen the round before, so it weighs nothing and ends
+    exact like everybody else.
     """
-    return Standing(mass=weight, heads=1.0, origin=b"", seen=-1, full=False, cell=cell)
+    return Standing(mass=min(weight, MAX_WEIGHT), heads=1.0, origin=b"", seen=-1, full=False, cell=cell)
 
 
 def shares(standings: Sequence[Standing], number: int, shape: Shape, exact: bool) -> Shares:

@@ -6,17 +6,20 @@ checked while it is decoded; what a message means is decided by the machines tha
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mpd.errors import PeerError
 from mpd.ids import PEER_ID_BYTES, ROUND_ID_BYTES, Endpoint
 from mpd.layout import TensorSpec
 from mpd.mass import MAX_MASS, Standing
+from mpd.schedule import BORDER_BYTES
 from mpd.vocabulary import Vocabulary
 
-PEER_VERSION = 1
+PEER_VERSION = 2
 MAX_MEMBERS = 64
 MAX_ROUND_S = 3600.0
+MAX_SUITES = 8
+MAX_NEWS_BYTES = 512 * 1024
 
 Entry = tuple[int, int, int]  # chunk, version, writer
 ChunkVersion = tuple[int, int]
@@ -43,22 +46,24 @@ def _is_mask(value: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First on a control connection, both ways. `instance` is new with every start of a daemon.
+    """First on a control connection, both ways; the certificate has said who speaks. `instance` is new at every start.
 
     `host` and `port` are where the sender can be dialled (port 0: nowhere); `seen_host` is the address under which the
-    sender sees the receiver.
+    sender sees the receiver; `news` is the number of the revocation list that the sender goes by (0: none), and
+    `wall_ms` its clock, which is only ever used to tell people that one of two clocks is wrong.
     """
 
     version: int
-    peer: bytes
     instance: bytes
     host: str
     port: int
     seen_host: str = ""
+    news: int = 0
+    wall_ms: int = 0
 
     def __post_init__(self) -> None:
-        _require(len(self.peer) == PEER_ID_BYTES, "a peer id has 20 bytes")
         _require(len(self.instance) == 16, "an instance has 16 bytes")
+        _require(0 <= self.news < 1 << 62 and 0 <= self.wall_ms < 1 << 62, "numbers and times are not negative")
         _require_address(self.host, self.port)
         if self.seen_host:
             Endpoint(self.seen_host, 0)
@@ -66,22 +71,72 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class DataOffer:
-    """The dialler of the control connection will open the data connection under this handle."""
+    """The dialler of the control connection will open a data connection under this handle, sealed with fresh keys.
+
+    `random` (32 bytes) is the sender's half of the secret, `suites` names what it can seal with, best first, and
+    `received` counts the data records of this link that it has received completely.
+    """
 
     conn_id: bytes
+    random: bytes = field(repr=False)
+    suites: tuple[str, ...]
+    received: int = 0
+
+    def __post_init__(self) -> None:
+        _require(len(self.conn_id) == 16, "a connection id has 16 bytes")
+        _require(len(self.random) == 32, "a half of a secret has 32 bytes")
+        _require(1 <= len(self.suites) <= MAX_SUITES, f"1 to {MAX_SUITES} suites are offered")
+        _require(0 <= self.received < 1 << 62, "a count is not negative")
+
+
+@dataclass(frozen=True, slots=True)
+class DataAccept:
+    """Dial the data connection `conn_id`; `random` (32 bytes) is the other half of the secret, `suite` the choice."""
+
+    conn_id: bytes
+    random: bytes = field(repr=False)
+    suite: str
+    received: int = 0
+
+    def __post_init__(self) -> None:
+        _require(len(self.conn_id) == 16, "a connection id has 16 bytes")
+        _require(len(self.random) == 32, "a half of a secret has 32 bytes")
+        _require(0 <= self.received < 1 << 62, "a count is not negative")
+
+
+@dataclass(frozen=True, slots=True)
+class DataRefused:
+    """No data connection `conn_id`, and why."""
+
+    conn_id: bytes
+    reason: str
 
     def __post_init__(self) -> None:
         _require(len(self.conn_id) == 16, "a connection id has 16 bytes")
 
 
 @dataclass(frozen=True, slots=True)
-class DataAccept:
-    """Go ahead and dial the data connection `conn_id`."""
+class DataBad:
+    """Record `seq` of the data connection `conn_id` did not open, so I have closed it: offer another one."""
 
     conn_id: bytes
+    seq: int
 
     def __post_init__(self) -> None:
         _require(len(self.conn_id) == 16, "a connection id has 16 bytes")
+        _require(0 <= self.seq < 1 << 62, "a count is not negative")
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """My revocation list, signed by the swarm's root, and the datagram key that goes with it: yours is older."""
+
+    revocations: bytes
+    datagram_key: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _require(len(self.revocations) <= MAX_NEWS_BYTES, f"news has at most {MAX_NEWS_BYTES} bytes")
+        _require(len(self.datagram_key) == 32, "a datagram key has 32 bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +339,7 @@ class Begin:
         _require(abs(sum(m.fraction for m in self.members) - 1) < 1e-6, "fractions sum to 1")
         _require(all(m.inbound or m.fraction == 0 for m in self.members), "only who can be dialled reduces")
         _require(4096 <= self.chunk_bytes <= 4 << 20, "a chunk has 4 KiB to 4 MiB")
+        _require(self.chunk_bytes % BORDER_BYTES == 0, f"a chunk has a multiple of {BORDER_BYTES} bytes")
         _require(0 < self.timeout_s <= MAX_ROUND_S and 0 < self.progress_s <= MAX_ROUND_S, "durations are positive")
         _require(0 <= self.number < 1 << 62 and self.epoch >= 0, "numbers are not negative")
         _require(len(self.left_out) <= 1024, "too many left out")
@@ -405,6 +461,9 @@ PEERS = Vocabulary(
     Hello,
     DataOffer,
     DataAccept,
+    DataRefused,
+    DataBad,
+    News,
     Ping,
     Goodbye,
     DialBack,

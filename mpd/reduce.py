@@ -14,17 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mpd.errors import LocalError, PeerError, RoundFailed
-from mpd.layout import ITEM_BYTES, Segment
+from mpd.layout import ITEM_BYTES, MAX_WEIGHT, Segment
 
 Buffer = bytes | bytearray | memoryview
 
-# Weights outside would lose float32 values to underflow or overflow on the way into the sum.
-MIN_WEIGHT = 2.0**-32
-MAX_WEIGHT = 2.0**50
+MIN_WEIGHT = 2.0**-32  # below, float32 values would be lost to underflow on the way into the sum
+SUM_TYPES = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32, "float16": np.float32}
 
 _MAX_TOTAL_WEIGHT = 64 * MAX_WEIGHT
 _VALUE_TYPES = {"float64": "<f8", "float32": "<f4", "bfloat16": "<u2", "float16": "<f2"}
-_SUM_TYPES = {"float64": np.float64, "float32": np.float32, "bfloat16": np.float32, "float16": np.float32}
 # Exponent all ones. Patterns from here on, sign apart, are Inf and NaN.
 _INF_PATTERNS = {"bfloat16": 0x7F80, "float16": 0x7C00}
 _BF16_BLOCK_ELEMS = 32 * 1024
@@ -83,6 +81,38 @@ def bf16_from_f32(values: npt.NDArray[np.float32], out: npt.NDArray[np.uint16]) 
         out[block] = rounded
 
 
+def widen(values: npt.NDArray[Any], dtype: str, out: npt.NDArray[Any]) -> None:
+    """Write `values` as `as_array` shows them to `out`, which has the type of their sum, exactly. Both flat."""
+    if dtype == "bfloat16":
+        f32_from_bf16(values, out)
+    else:
+        np.copyto(out, values)
+
+
+def narrow(values: npt.NDArray[Any], dtype: str, out: npt.NDArray[Any]) -> None:
+    """Write `values`, of the type of sums, to `out` as `as_array` shows `dtype`, rounded to nearest even. Both flat."""
+    if dtype == "bfloat16":
+        bf16_from_f32(values, out)
+    else:
+        np.copyto(out, values, casting="same_kind")
+
+
+def check_planned(values: Buffer, dtype: str, n_elems: int, weight: float) -> None:
+    """Raise PeerError unless these are as many bytes as planned, and a weight of 0 or MIN_WEIGHT to MAX_WEIGHT."""
+    n_bytes, planned_bytes = memoryview(values).nbytes, n_elems * ITEM_BYTES[dtype]
+    if n_bytes != planned_bytes:
+        raise PeerError(f"a contribution has {n_bytes} bytes: {planned_bytes} expected")
+    if weight != 0 and not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+        raise PeerError(f"a contribution has weight {weight}: 0 or {MIN_WEIGHT} to {MAX_WEIGHT:g} expected")
+
+
+def check_finite(values: Buffer, dtype: str) -> None:
+    """Raise PeerError if there is a NaN or Inf among the values."""
+    bad = first_non_finite(values, dtype)
+    if bad is not None:
+        raise PeerError(f"a contribution has a NaN or Inf at element {bad}: finite values expected")
+
+
 class Accumulator:
     """The weighted sum of one chunk: `n_elems` values of `dtype`, summed in float32 (float64 for float64).
 
@@ -104,9 +134,9 @@ class Accumulator:
         self.n_elems = n_elems
         sum_bytes = _sum_bytes(dtype, n_elems)
         self._memory = np.empty(sum_bytes, np.uint8) if memory is None else memory
-        self._sums: npt.NDArray[Any] = self._memory[:sum_bytes].view(_SUM_TYPES[dtype])
+        self._sums: npt.NDArray[Any] = self._memory[:sum_bytes].view(SUM_TYPES[dtype])
         spare = np.empty(sum_bytes, np.uint8) if scratch is None else scratch
-        self._scratch: npt.NDArray[Any] = spare[:sum_bytes].view(_SUM_TYPES[dtype])
+        self._scratch: npt.NDArray[Any] = spare[:sum_bytes].view(SUM_TYPES[dtype])
         self._is_empty = True
 
     def add(self, values: Buffer, weight: float) -> None:
@@ -115,14 +145,8 @@ class Accumulator:
         That is: another length than `n_elems`, a NaN or Inf, a weight that is neither 0 nor in MIN_WEIGHT..MAX_WEIGHT.
         The weight is rounded to the type of the sum; values of weight 0 are checked like any others.
         """
-        n_bytes, planned_bytes = memoryview(values).nbytes, self.n_elems * ITEM_BYTES[self.dtype]
-        if n_bytes != planned_bytes:
-            raise PeerError(f"a contribution has {n_bytes} bytes: {planned_bytes} expected")
-        if weight != 0 and not MIN_WEIGHT <= weight <= MAX_WEIGHT:
-            raise PeerError(f"a contribution has weight {weight}: 0 or {MIN_WEIGHT} to {MAX_WEIGHT} expected")
-        bad = first_non_finite(values, self.dtype)
-        if bad is not None:
-            raise PeerError(f"a contribution has a NaN or Inf at element {bad}: finite values expected")
+        check_planned(values, self.dtype, self.n_elems, weight)
+        check_finite(values, self.dtype)
         if weight != 0:
             with np.errstate(over="ignore"):  # an overflow shows in the result, where it has a name
                 self._add(self._widened(as_array(values, self.dtype)), weight)
@@ -139,12 +163,10 @@ class Accumulator:
         if result.size != self.n_elems:
             raise ValueError(f"the result has room for {result.size} elements: {self.n_elems} expected")
         with np.errstate(over="ignore"):
-            if self.dtype == "bfloat16":
-                bf16_from_f32(np.divide(self._sums, total_weight, out=self._scratch), result)
-            elif self.dtype == "float16":
-                np.copyto(result, np.divide(self._sums, total_weight, out=self._scratch), casting="same_kind")
-            else:
+            if result.dtype == self._sums.dtype:
                 np.divide(self._sums, total_weight, out=result)
+            else:
+                narrow(np.divide(self._sums, total_weight, out=self._scratch), self.dtype, result)
         bad = first_non_finite(out, self.dtype)
         if bad is not None:
             raise RoundFailed(
@@ -154,7 +176,7 @@ class Accumulator:
     def detach_memory(self) -> npt.NDArray[np.uint8]:
         """Take the memory out, for the next accumulator. This one is of no use afterwards."""
         memory, self._memory = self._memory, np.empty(0, np.uint8)
-        self._sums = self._scratch = self._memory.view(_SUM_TYPES[self.dtype])
+        self._sums = self._scratch = self._memory.view(SUM_TYPES[self.dtype])
         self.n_elems = 0
         return memory
 
@@ -162,10 +184,7 @@ class Accumulator:
         """Return `values` in the type of the sum: in `_scratch`, unless they are in that type already."""
         if values.dtype == self._sums.dtype:
             return values
-        if self.dtype == "bfloat16":
-            f32_from_bf16(values, self._scratch)
-        else:
-            np.copyto(self._scratch, values)
+        widen(values, self.dtype, self._scratch)
         return self._scratch
 
     def _add(self, values: npt.NDArray[Any], weight: float) -> None:
@@ -178,30 +197,44 @@ class Accumulator:
             np.add(self._sums, np.multiply(values, weight, out=self._scratch), out=self._sums)
 
 
-class AccumulatorPool:
-    """Hands out accumulators whose memory was touched before, so that a chunk costs no page faults.
+class MemoryPool:
+    """Hands out memory that was touched before, so that a chunk costs no page faults.
 
     Memory comes in powers of two, because chunk sizes change a little from round to round; for each power the pool
-    holds as much as was ever out at once. Its accumulators share one scratch: one thread only.
+    holds as much as was ever out at once.
     """
 
     def __init__(self) -> None:
         self._free: dict[int, list[npt.NDArray[np.uint8]]] = {}
+
+    def take(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """Return at least `n_bytes` of memory; what is in it means nothing."""
+        capacity = max(_MIN_POOLED_BYTES, 1 << (n_bytes - 1).bit_length())
+        free = self._free.get(capacity)
+        return free.pop() if free else np.empty(capacity, np.uint8)
+
+    def give(self, memory: npt.NDArray[np.uint8]) -> None:
+        """Take memory back that nobody uses any more."""
+        self._free.setdefault(memory.size, []).append(memory)
+
+
+class AccumulatorPool:
+    """Hands out accumulators with pooled memory. They share one scratch: one thread only."""
+
+    def __init__(self) -> None:
+        self._memories = MemoryPool()
         self._scratch = np.empty(0, np.uint8)
 
     def take(self, dtype: str, n_elems: int) -> Accumulator:
         """Return an empty accumulator."""
-        capacity = max(_MIN_POOLED_BYTES, 1 << (_sum_bytes(dtype, n_elems) - 1).bit_length())
-        if self._scratch.size < capacity:
-            self._scratch = np.empty(capacity, np.uint8)
-        free = self._free.get(capacity)
-        memory = free.pop() if free else np.empty(capacity, np.uint8)
+        memory = self._memories.take(_sum_bytes(dtype, n_elems))
+        if self._scratch.size < memory.size:
+            self._scratch = np.empty(memory.size, np.uint8)
         return Accumulator(dtype, n_elems, self._scratch, memory)
 
     def give(self, accumulator: Accumulator) -> None:
         """Take an accumulator back that nobody uses any more."""
-        memory = accumulator.detach_memory()
-        self._free.setdefault(memory.size, []).append(memory)
+        self._memories.give(accumulator.detach_memory())
 
 
 def combine(inputs: Sequence[Buffer], weights: Sequence[float], segments: Sequence[Segment], out: Buffer) -> None:
@@ -243,4 +276,4 @@ def mask_of(members: Iterable[int]) -> int:
 
 
 def _sum_bytes(dtype: str, n_elems: int) -> int:
-    return n_elems * np.dtype(_SUM_TYPES[dtype]).itemsize
+    return n_elems * np.dtype(SUM_TYPES[dtype]).itemsize

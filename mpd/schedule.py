@@ -16,6 +16,8 @@ from mpd.layout import ITEM_BYTES, Segment
 
 MIN_CHUNK_BYTES = 64 * 1024
 MAX_CHUNK_BYTES = 1024 * 1024
+FIRST_CHUNK_BYTES = 256 * 1024
+CHUNK_S = 0.02
 BORDER_BYTES = 64
 
 
@@ -70,10 +72,16 @@ def fractions(bandwidths: Sequence[float]) -> tuple[float, ...]:
     return tuple((seconds * speeds[m] - 1) / (n - 2) if m in reducers else 0.0 for m in range(n))
 
 
-def chunk_bytes_for(vector_bytes: int, n_members: int) -> int:
-    """Return the chunk size for a vector: about eight chunks per mean shard, in steps of 64 KiB, 64 KiB to 1 MiB."""
-    steps = round(vector_bytes / n_members / 8 / MIN_CHUNK_BYTES)
-    return min(max(steps, 1) * MIN_CHUNK_BYTES, MAX_CHUNK_BYTES)
+def chunk_bytes_for(vector_bytes: int, n_members: int, bandwidth: float) -> int:
+    """Return the chunk size for a vector: about eight chunks per mean shard, in steps of 64 KiB, 64 KiB to 1 MiB.
+
+    A receiver can tell progress from silence only once a whole record has arrived and been opened, so a chunk takes no
+    more than about 20 ms of `bandwidth`, that of the slowest member in bytes per second. 0 means that nobody has
+    measured anything yet: then 256 KiB are the most.
+    """
+    wanted = round(vector_bytes / n_members / 8 / MIN_CHUNK_BYTES) * MIN_CHUNK_BYTES
+    limit = min(bandwidth * CHUNK_S, MAX_CHUNK_BYTES) if bandwidth > 0 else FIRST_CHUNK_BYTES
+    return max(min(wanted, int(limit) // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES), MIN_CHUNK_BYTES)
 
 
 def chunks(segments: Sequence[Segment], shares: Sequence[float], chunk_bytes: int) -> tuple[Chunk, ...]:

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mpd.seal import NO_SEAL
+
 _SHORT_ID_CHARS = 8
 
 
@@ -18,11 +20,15 @@ def show_status(status: dict[str, Any], console: Console | None = None) -> None:
     facts.add_column()
     facts.add_row("peer", status["peer_id"])
     facts.add_row("listens on", _plain(status["listen"] + _reachability(status)))
-    facts.add_row("swarm", _swarm(status))
-    facts.add_row("links", f"{status['links']} open, " + ("sealed" if status["sealed"] else "in the clear"))
+    facts.add_row("swarm", _swarm(status["swarm"]))
+    facts.add_row("others", _others(status))
+    facts.add_row("links", f"{status['links']} open, {_sealing(status['suites'])}")
     facts.add_row("up", f"{_duration(status['uptime_s'])}, mpd {status['version']}")
     for entry in status["dht"]["bootstrap"]:
         facts.add_row("bootstrap", _plain(f"{entry['address']}: {entry['state']}"))
+    for name, budget in status["budgets"].items():
+        if budget["refused"] or budget["used"] >= budget["limit"]:
+            facts.add_row("limit", _plain(_pressed(name, budget), "yellow"))
     for problem in (status["problem"], status["dht"]["problem"]):
         if problem:
             facts.add_row("problem", _plain(problem, "red"))
@@ -109,9 +115,24 @@ def _reachability(status: dict[str, Any]) -> str:
     return announced + ("" if status["reachable"] else ", not yet known to be reachable")
 
 
-def _swarm(status: dict[str, Any]) -> str:
+def _swarm(swarm: dict[str, Any]) -> Text:
+    if swarm["open"]:
+        return Text("open: anyone who reaches a daemon of it can take part", "yellow")
+    left = _duration(max(0, swarm["expires_in_s"]))
+    return _plain(f"{swarm['name']} ({swarm['id']}), as {swarm['role']}; certificate for {left}")
+
+
+def _others(status: dict[str, Any]) -> str:
     n_peers = status["dht"]["peers"]
-    return f"{n_peers} other daemon{'s' * (n_peers != 1)} known" if n_peers else "no other daemon known yet"
+    return f"{n_peers} daemon{'s' * (n_peers != 1)} known" if n_peers else "none known yet"
+
+
+def _sealing(suites: list[str]) -> str:
+    return "[yellow]tensors in the clear[/yellow]" if suites == [NO_SEAL] else f"sealed with {suites[0]}"
+
+
+def _pressed(name: str, budget: dict[str, int]) -> str:
+    return f"{name.replace('_', ' ')}: {budget['used']} of {budget['limit']} in use, refused {budget['refused']} times"
 
 
 def _bytes(n_bytes: float) -> str:
@@ -125,4 +146,6 @@ def _bytes(n_bytes: float) -> str:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} days"
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -20,10 +20,9 @@ HEADER_BYTES = 40
 WIRE_VERSION = 1
 CONN_ID_BYTES = 16
 
-CONTROL_MAGIC = b"mpdC"
 DATA_MAGIC = b"mpdD"
-CONTROL_GREETING_BYTES = 8
-DATA_GREETING_BYTES = CONTROL_GREETING_BYTES + CONN_ID_BYTES
+GREETING_BYTES = 8
+DATA_GREETING_BYTES = GREETING_BYTES + CONN_ID_BYTES
 
 _LENGTH = struct.Struct("<I")
 _GREETING = struct.Struct("<4sB3s")
@@ -140,16 +139,6 @@ def unpack_header(buffer: bytes | bytearray | memoryview) -> Header:
     return Header(kind, codec, member, chunk, length, version, RoundId(round_id), contributors)
 
 
-def control_greeting() -> bytes:
-    """Return the 8 bytes with which a control connection begins."""
-    return _GREETING.pack(CONTROL_MAGIC, WIRE_VERSION, bytes(3))
-
-
-def parse_control_greeting(greeting: bytes) -> None:
-    """Accept the 8 bytes of `control_greeting`. Raises PeerError on anything else."""
-    _check_greeting(greeting, CONTROL_MAGIC, CONTROL_GREETING_BYTES, "control")
-
-
 def data_greeting(conn_id: bytes) -> bytes:
     """Return the 24 bytes with which data connection `conn_id` (16 bytes, agreed over control) begins."""
     if len(conn_id) != CONN_ID_BYTES:
@@ -159,19 +148,15 @@ def data_greeting(conn_id: bytes) -> bytes:
 
 def parse_data_greeting(greeting: bytes) -> bytes:
     """Return the connection id (16 bytes) in the 24 bytes of `data_greeting`. Raises PeerError on anything else."""
-    _check_greeting(greeting, DATA_MAGIC, DATA_GREETING_BYTES, "data")
-    return bytes(greeting[CONTROL_GREETING_BYTES:])
-
-
-def _check_greeting(greeting: bytes, magic: bytes, n_bytes: int, kind: str) -> None:
-    if len(greeting) != n_bytes:
-        raise PeerError(f"the greeting of a {kind} connection has {len(greeting)} bytes: {n_bytes} expected")
+    if len(greeting) != DATA_GREETING_BYTES:
+        raise PeerError(f"the greeting of a data connection has {len(greeting)} bytes: {DATA_GREETING_BYTES} expected")
     found, version, reserved = _GREETING.unpack_from(greeting)
-    if found != magic:
-        raise PeerError(f"this is no mpd {kind} connection: it begins with {found!r}, {magic!r} expected")
+    if found != DATA_MAGIC:
+        raise PeerError(f"this is no mpd data connection: it begins with {found!r}, {DATA_MAGIC!r} expected")
     if version != WIRE_VERSION:
         raise PeerError(
-            f"the peer speaks version {version} of the {kind} protocol, this daemon {WIRE_VERSION}: upgrade one"
+            f"the peer speaks version {version} of the data protocol, this daemon {WIRE_VERSION}: upgrade one"
         )
     if any(reserved):
-        raise PeerError(f"the reserved bytes of a {kind} greeting are {reserved!r}: zeros expected")
+        raise PeerError(f"the reserved bytes of a data greeting are {reserved!r}: zeros expected")
+    return bytes(greeting[GREETING_BYTES:])

@@ -3,12 +3,16 @@
 import contextlib
 import random
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import trio
+from identities import Card, lab
+from identities import node_id as node_id
 
+from mpd.daemon.budgets import Budgets
 from mpd.daemon.links import Landing, Link
 from mpd.daemon.peers import Peers
 from mpd.ids import Endpoint, PeerId, RoundId
@@ -35,8 +39,11 @@ class Stage:
     def progress(self) -> None:
         pass
 
-    def complete(self) -> None:
+    def complete(self, payload: memoryview) -> None:
         self._done(self)
+
+    def abandon(self) -> None:
+        pass
 
 
 class Parcel:
@@ -89,6 +96,9 @@ class Recorder:
     def on_message(self, link: Link, message: Any) -> None:
         self.note("message", message)
 
+    def expects(self, link: Link, header: Header) -> bool:
+        return True
+
     async def landing(self, link: Link, header: Header) -> Landing | None:
         self.note("header", header)
         return Stage(header, lambda stage: self.note("record", (stage.header, bytes(stage.view))))
@@ -134,23 +144,34 @@ class Node:
     peers: Peers
     events: Any
     endpoint: Endpoint
+    card: Card
+    budgets: Budgets
 
 
-def node_id(i: int) -> PeerId:
-    return PeerId(bytes([i]) * 20)
+def wall_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 async def start_node(
-    nursery: trio.Nursery, i: int, events: Any, *, outbound_only: bool = False, instance: int = 0, port: int = 0
+    nursery: trio.Nursery,
+    i: int,
+    events: Any,
+    *,
+    outbound_only: bool = False,
+    instance: int = 0,
+    port: int = 0,
+    card: Card | None = None,
+    clock: Callable[[], int] = wall_ms,
 ) -> Node:
-    """Start the links of daemon `i`: smaller numbers have smaller ids."""
+    """Start the links of daemon `i`, which is a member of the usual swarm unless it has another `card`."""
     rng = random.Random(1000 * instance + i)
-    peers = Peers(node_id(i), rng.randbytes(16), events, rng.randbytes)
+    card, budgets = card or lab().card(i), Budgets()
+    peers = Peers(card, rng.randbytes(16), events, rng.randbytes, clock, budgets)
     listeners = [] if outbound_only else await trio.open_tcp_listeners(port, host="127.0.0.1")
     port = listeners[0].socket.getsockname()[1] if listeners else 0
     peers.endpoint = Endpoint("127.0.0.1", port)
     await nursery.start(peers.serve, listeners)
-    return Node(node_id(i), peers, events, peers.endpoint)
+    return Node(card.own, peers, events, peers.endpoint, card, budgets)
 
 
 @contextlib.asynccontextmanager

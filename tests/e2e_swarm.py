@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
 from mpd.client import Averager, Daemon, Outcome, connect
@@ -97,11 +98,7 @@ class DaemonProcess:
 
     def memory_regions(self) -> int:
         """Return how many pieces of shared memory the process holds."""
-        regions = 0
-        for fd in Path(f"/proc/{self.pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):  # closed since
-                regions += os.readlink(fd).startswith("/memfd:")
-        return regions
+        return int(self.status()["regions"])
 
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -284,3 +281,16 @@ def wait_for_company(daemons: Sequence[DaemonProcess], run: str, n_peers: int | 
         return all(state is not None and state["shape"] and state["peers"] == expected for state in states)
 
     eventually(is_settled, f"{expected} peers meet in {run!r}", lambda: f"{[d.run_status(run) for d in daemons]}")
+
+
+def contributors_of(vector: Array, n: int) -> list[frozenset[int]]:
+    """Return the sets of peers whose means the elements are, one for each stretch of equal elements."""
+    starts = np.concatenate([[0], np.flatnonzero(vector[1:] != vector[:-1]) + 1])
+    subsets = [frozenset(s) for size in range(1, n + 1) for s in itertools.combinations(range(n), size)]
+    means = np.array([sum(2.0**i for i in subset) / len(subset) for subset in subsets])
+    found = []
+    for value in vector[starts]:
+        nearest = int(np.argmin(np.abs(means - value)))
+        assert abs(means[nearest] - value) < 1e-6 * value, f"{value} is the mean of nobody"
+        found.append(subsets[nearest])
+    return found

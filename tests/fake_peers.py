@@ -8,6 +8,7 @@ link would refuse is refused here. All time is that of the test's clock, all cha
 
 import functools
 import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from mpd.daemon.rendezvous import MemoryBoard, MemoryRendezvous
 from mpd.daemon.runs import Runs, Switchboard
 from mpd.daemon.sessions import Sessions
 from mpd.errors import PeerError
+from mpd.identity import OPEN_SWARM, Member
 from mpd.ids import Endpoint, PeerId
 from mpd.layout import Layout, TensorSpec, Terms
 from mpd.messages import PEERS
@@ -60,6 +62,9 @@ class FakeLink:
         self.reason = ""
         self.busy = 0
         self.patience_s = 2.0
+        self.repairs_left = 3
+        self.member = Member(peer, OPEN_SWARM, "member", None, 0.0, math.inf)
+        self.news = 0
         self.bytes_sent = self.bytes_received = 0
         self.goodput = 0.0
         self.said: list[Any] = []  # every message sent from this end
@@ -132,9 +137,9 @@ class FakeLink:
         try:
             landing = await self.far._owner.events.landing(self.far, unpack_header(header))
             if landing is not None:
-                landing.view[: len(payload)] = payload
-                landing.progress()
-                landing.complete()
+                if landing.view is not None:
+                    landing.view[: len(payload)] = payload
+                landing.complete(memoryview(bytearray(payload)))
         except PeerError as error:
             self.close(str(error))
 
@@ -234,6 +239,16 @@ class Hub:
                 del end._owner.made[end.peer]
 
 
+class NoNews:
+    """A news desk in a swarm in which nobody is ever revoked."""
+
+    def on_link_up(self, link: Any, their_seq: int) -> None:
+        pass
+
+    def on_news(self, link: Any, message: Any) -> None:
+        pass
+
+
 class FakeDaemon:
     """Everything of a daemon above its sockets. `calls` counts what it asks of the rendezvous."""
 
@@ -259,6 +274,7 @@ class FakeDaemon:
         self.runs = Runs(self.services, self.sessions)
         self.switchboard.runs, self.switchboard.sessions = self.runs, self.sessions
         self.switchboard.peers = self.peers
+        self.switchboard.news = NoNews()  # type: ignore[assignment]
         self._look_up_s = swarm.look_up_s
 
     def _refuse(self, round_id: Any) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mpd.errors import MpdError
 from mpd.grid import ShapeRecord, fit
-from mpd.layout import CODEC_NAMES, ITEM_BYTES, TensorSpec
-from mpd.mass import MAX_MASS, Standing
+from mpd.layout import CODEC_NAMES, ITEM_BYTES, MAX_WEIGHT, TensorSpec
+from mpd.mass import Standing
 from mpd.messages import DECLINES, MAX_MEMBERS, MAX_ROUND_S, Begin, Done, Member
 from mpd.vocabulary import Vocabulary
 
@@ -46,15 +46,22 @@ BOUNDED: dict[str, st.SearchStrategy[Any]] = {
     "holders": st.lists(st.tuples(COUNTS, MASKS), max_size=5).map(tuple),
     "why": st.sampled_from(DECLINES),
     "bandwidth": st.floats(0, 1e12),
-    "weight": st.floats(1e-9, 1e9),
+    "weight": st.floats(1e-9, MAX_WEIGHT),
     "timeout_s": DURATIONS,
     "progress_s": DURATIONS,
     "time_left_s": DURATIONS,
-    "chunk_bytes": st.integers(4096, 4 << 20),
+    "chunk_bytes": st.integers(64, 1 << 16).map(lambda steps: 64 * steps),
+    "news": COUNTS,
+    "wall_ms": COUNTS,
+    "received": COUNTS,
+    "seq": COUNTS,
+    "random": st.binary(min_size=32, max_size=32),
+    "datagram_key": st.binary(min_size=32, max_size=32),
+    "suites": st.lists(st.text(max_size=20), min_size=1, max_size=8).map(tuple),
     "source": st.sampled_from(["in", "snapshot"]),
     "codec": st.sampled_from(CODEC_NAMES),
     # Standing
-    "mass": st.floats(0, MAX_MASS),
+    "mass": st.floats(0, MAX_WEIGHT),  # more only behind an origin
     "heads": st.floats(0, 2**20),
     "origin": st.sampled_from([b"", b"o" * 16]),
     "seen": st.integers(-1, 2**62),

@@ -5,8 +5,9 @@
     python tests/bench/run.py --hivemind .venv-hivemind/bin/python --peers 4 --sizes 64
 
 All peers run on this machine and talk over loopback. mpd's step is end to end (client, shared memory, daemon, finding
-each other, exchange, commit); Gloo's is a bare all_reduce in a fixed world and the division. Only ratios within one run
-mean anything; every single round is kept in the JSON file.
+each other, exchange, commit), sealed as everywhere, and in the columns "plain" without sealing of tensors; Gloo's is a
+bare all_reduce in a fixed world and the division. Only ratios within one run mean anything; every single round is kept
+in the JSON file.
 """
 
 import argparse
@@ -26,8 +27,11 @@ MEMORY_LIMIT_MIB = 16 * 1024
 # What a peer's processes hold, in MiB, before there are vectors, and how many vectors they hold for each column (with a
 # little for what is being reduced or under way): Gloo its own; mpd in and out, and its own if copied; hivemind its own
 # and those of its averager's process.
-PROCESSES_MIB = {"gloo": 150, "mpd": 190, "hivemind": 500}
-VECTORS = {"gloo": 1.05, "mpd adopt": 2.15, "mpd copies": 3.15, "hivemind float32": 2.4, "hivemind float16": 2.4}
+PROCESSES_MIB = {"gloo": 150, "mpd": 190, "plain": 190, "hivemind": 500}
+VECTORS = {
+    "gloo": 1.05, "mpd adopt": 2.15, "mpd copies": 3.15, "plain adopt": 2.15, "plain copies": 3.15,
+    "hivemind float32": 2.4, "hivemind float16": 2.4,
+}  # fmt: skip
 
 
 def main() -> int:
@@ -64,8 +68,12 @@ def compare(n: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure every size with `n` peers of each system; they stay alive from size to size."""
     cases = []
     with tempfile.TemporaryDirectory(prefix="mpd-") as folder, children() as started:
-        systems = {"gloo": start_gloo(Path(folder), n, started), "mpd": start_mpd(Path(folder), n, started)}
-        variants = {"gloo": ["gloo"], "mpd": ["adopt", "copies"]}
+        systems = {
+            "gloo": start_gloo(Path(folder), n, started),
+            "mpd": start_mpd(Path(folder) / "sealed", n, started),
+            "plain": start_mpd(Path(folder) / "plain", n, started, "--plain-on-loopback"),
+        }
+        variants = {"gloo": ["gloo"], "mpd": ["adopt", "copies"], "plain": ["adopt", "copies"]}
         if args.hivemind:
             systems["hivemind"] = start_hivemind(args.hivemind, Path(folder), n, started)
             variants["hivemind"] = ["float32", "float16"]

@@ -48,7 +48,7 @@ def footprint() -> dict[str, Any]:
     starts: list[float] = []
     for _ in range(STARTS):
         with tempfile.TemporaryDirectory(prefix="mpd-") as folder, children() as started:
-            starts.append(start_daemon(Path(folder), 0, "", started).started_s)
+            starts.append(start_daemon(Path(folder), 0, started).started_s)
     with tempfile.TemporaryDirectory(prefix="mpd-") as folder, children() as started:
         pids = [daemon.child.pid for daemon in start_daemons(Path(folder), 4, started)]
         time.sleep(SETTLE_S)

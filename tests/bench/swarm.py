@@ -132,13 +132,11 @@ class Daemon:
         return status
 
 
-def start_daemon(folder: Path, index: int, bootstrap: str, started: list[Child]) -> Daemon:
-    """Start one daemon and wait for its first answer."""
+def start_daemon(folder: Path, index: int, started: list[Child], *options: str) -> Daemon:
+    """Start one daemon with more `options` of `mpd join`, and wait for its first answer."""
     path = folder / f"{index}.sock"
     command: list[str | Path] = [MPD, "join", "--listen", "127.0.0.1:0", "--socket", path]
-    command += ["--state-dir", folder / f"state{index}"]
-    if bootstrap:
-        command += ["--bootstrap", bootstrap]
+    command += ["--state-dir", folder / f"state{index}", *options]
     began = time.monotonic()
     child = Child(f"daemon{index}", command, folder, started)
     while True:
@@ -152,11 +150,11 @@ def start_daemon(folder: Path, index: int, bootstrap: str, started: list[Child])
             time.sleep(0.002)
 
 
-def start_daemons(folder: Path, n: int, started: list[Child]) -> list[Daemon]:
+def start_daemons(folder: Path, n: int, started: list[Child], *options: str) -> list[Daemon]:
     """Start `n` daemons, each bootstrapped from the first, and wait until every one knows another."""
-    first = start_daemon(folder, 0, "", started)
+    first = start_daemon(folder, 0, started, *options)
     listen = first.status()["listen"]
-    daemons = [first, *(start_daemon(folder, index, listen, started) for index in range(1, n))]
+    daemons = [first, *(start_daemon(folder, index, started, "--bootstrap", listen, *options) for index in range(1, n))]
     deadline = time.monotonic() + START_S
     while n > 1 and not all(daemon.status()["dht"]["peers"] for daemon in daemons):
         if time.monotonic() > deadline:
@@ -190,9 +188,10 @@ class Peers:
         return [peer.hear(limit_s) for peer in self._peers]
 
 
-def start_mpd(folder: Path, n: int, started: list[Child]) -> Peers:
-    """Start `n` daemons with one trainer each."""
-    daemons = start_daemons(folder, n, started)
+def start_mpd(folder: Path, n: int, started: list[Child], *options: str) -> Peers:
+    """Start `n` daemons, with more `options` of `mpd join`, and one trainer each."""
+    folder.mkdir(exist_ok=True)
+    daemons = start_daemons(folder, n, started, *options)
     command: list[str | Path] = [sys.executable, HERE / "mpd_peer.py"]
     peers = [Child(f"mpd{i}", [*command, daemon.socket], folder, started) for i, daemon in enumerate(daemons)]
     return ready(Peers(peers, daemons))

@@ -17,6 +17,7 @@ import numpy as np
 import trio
 
 from mpd import control
+from mpd.daemon.budgets import Budgets
 from mpd.daemon.clients import lock_socket, serve_clients
 from mpd.daemon.memory import OutRegion, Region
 from mpd.errors import LocalError
@@ -29,11 +30,13 @@ T = TypeVar("T")
 class Seat:
     """One attached trainer and its averages."""
 
-    def __init__(self, trainers: "Trainers", layout: Layout, label: str) -> None:
+    def __init__(
+        self, trainers: "Trainers", layout: Layout, label: str, in_region: Region, out_region: OutRegion
+    ) -> None:
         self.label = label
         self.layout = layout
-        self.in_region = Region(layout.n_bytes)
-        self.out_region = OutRegion(layout.n_bytes)
+        self.in_region = in_region
+        self.out_region = out_region
         self.snapshots: list[Region] = []
         self.steps: list[control.Step] = []
         self.released: list[int] = []
@@ -41,8 +44,8 @@ class Seat:
         self._trainers = trainers
         self._generation = 0
 
-    def open_snapshot(self) -> Region:
-        self.snapshots.append(Region(self.layout.n_bytes))
+    async def open_snapshot(self) -> Region:
+        self.snapshots.append(await Region.make(self.layout.n_bytes))
         return self.snapshots[-1]
 
     async def step(self, request: control.Step) -> control.Stepped:
@@ -100,15 +103,19 @@ class Trainers:
         self.others = others
         self.plan: collections.deque[str] = collections.deque()
         self.seats: list[Seat] = []
+        self.terms: list[Terms] = []  # of each seat
         self.entered = threading.Event()  # a step has begun
         self.gate = trio.Event()  # ends a step that waits
         self.left = trio.Event()
 
-    def attach(self, request: control.Attach, label: str) -> Seat:
+    async def attach(self, request: control.Attach, label: str) -> Seat:
         terms = Terms(Layout(request.tensors), request.group_size, request.rounds, request.codec, request.aggregate)
         if request.run == "taken":
             raise LocalError("run 'taken' has other terms: group_size is 16 here, 8 there")
-        self.seats.append(Seat(self, terms.layout, label))
+        self.terms.append(terms)
+        n_bytes = terms.layout.n_bytes
+        regions = await Region.make(n_bytes), await OutRegion.make(n_bytes)
+        self.seats.append(Seat(self, terms.layout, label, *regions))
         return self.seats[-1]
 
     def query(self, query: control.Query) -> str:
@@ -153,7 +160,7 @@ class DaemonThread:
         self._token = trio.lowlevel.current_trio_token()
         with contextlib.ExitStack() as farewells, lock_socket(self._path), trio.CancelScope() as self._scope:
             async with trio.open_nursery() as nursery:
-                await nursery.start(serve_clients, self._path, self.trainers, farewells)
+                await nursery.start(serve_clients, self._path, self.trainers, farewells, Budgets())
                 self._started.set()
                 await self.trainers.left.wait()
                 nursery.cancel_scope.cancel()

@@ -70,8 +70,8 @@ def test_an_attachment_leaves_no_descriptors_behind(path: Path, server: DaemonTh
 @pytest.mark.parametrize("region", ["in_region", "out_region"])
 def test_a_daemon_with_another_layout_is_refused(path: Path, region: str) -> None:
     class Odd(Trainers):
-        def attach(self, request: control.Attach, label: str) -> Seat:
-            seat = super().attach(request, label)
+        async def attach(self, request: control.Attach, label: str) -> Seat:
+            seat = await super().attach(request, label)
             getattr(seat, region).close()
             setattr(seat, region, Region(64) if region == "in_region" else OutRegion(64))
             return seat
@@ -85,8 +85,8 @@ def test_a_daemon_with_another_layout_is_refused(path: Path, region: str) -> Non
 
 def test_shared_memory_that_is_too_small_is_refused(path: Path) -> None:
     class Short(Trainers):
-        def attach(self, request: control.Attach, label: str) -> Seat:
-            seat = super().attach(request, label)
+        async def attach(self, request: control.Attach, label: str) -> Seat:
+            seat = await super().attach(request, label)
             seat.in_region.close()
             seat.in_region = Region(8)
             seat.in_region.n_bytes = seat.layout.n_bytes

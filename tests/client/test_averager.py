@@ -87,7 +87,8 @@ def test_a_step_sends_weight_and_timeout_and_releases_the_result(daemon: Daemon,
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"weight": 0}, "weight is 0: a positive finite number expected"),
+        ({"weight": 0}, "weight is 0: a positive number up to 1e+08 expected"),
+        ({"weight": 1e9}, "weight is 1000000000.0: a positive number up to 1e+08 expected"),
         ({"weight": -1.0}, "weight is -1.0"),
         ({"weight": float("nan")}, "weight is nan"),
         ({"weight": float("inf")}, "weight is inf"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mpd import control
+from mpd.client import connection
 from mpd.client.connection import Connection
 from mpd.errors import DaemonUnavailable, LocalError
 
@@ -172,3 +173,27 @@ def test_no_daemon_is_said_with_what_to_do(path: Path, make: object) -> None:
 def test_a_path_that_can_be_no_socket_is_said_with_why(tmp_path: Path) -> None:
     with pytest.raises(DaemonUnavailable, match="path too long"):
         Connection(tmp_path / ("x" * 200))
+
+
+def test_a_crowded_queue_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "ANSWER_S", 0.05)
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(str(path))
+        listener.listen(0)  # room for one
+        first.connect(str(path))
+        with pytest.raises(DaemonUnavailable, match="no daemon can be reached"):
+            Connection(path)
+        monkeypatch.setattr(connection, "ANSWER_S", 10.0)
+
+        def accept() -> None:
+            for _ in range(2):
+                sock, _ = listener.accept()
+                with sock:
+                    if sock.recv(1):
+                        sock.sendall(WELCOME)
+
+        first.close()
+        thread = threading.Thread(target=accept)
+        thread.start()
+        Connection(path).close()
+        thread.join()

@@ -67,6 +67,11 @@ def test_closing_closes_the_averagers_and_may_be_done_twice(daemon: Daemon, trai
 def test_terms_and_label_reach_the_daemon(daemon: Daemon, trainers: Trainers) -> None:
     daemon.averager("run", {"w": np.ones(3)}, group_size=4, rounds="exact", codec="zstd")
     assert trainers.seats[0].label.endswith(f"(pid {os.getpid()})")
+    terms = trainers.terms[0]
+    assert (terms.group_size, terms.rounds, terms.codec, terms.aggregate) == (4, "exact", "zstd", "mean")
+    for aggregate in ("clip", "trimmed"):
+        daemon.averager("run", {"w": np.ones(3)}, aggregate=aggregate)
+        assert trainers.terms[-1].aggregate == aggregate
 
 
 @pytest.mark.parametrize(
@@ -76,7 +81,9 @@ def test_terms_and_label_reach_the_daemon(daemon: Daemon, trainers: Trainers) ->
         ({"rounds": 2}, "rounds is 2: 1 or 'exact' expected"),
         ({"codec": "gzip"}, "codec is 'gzip'"),
         ({"aggregate": "median"}, "aggregate is 'median'"),
+        ({"aggregate": "clip", "rounds": "exact"}, "aggregate is 'clip' with rounds='exact'"),
         ({"weight": 0.0}, "weight is 0.0"),
+        ({"weight": 1e9}, "weight is 1000000000.0: a positive number up to 1e\\+08 expected"),
     ],
 )
 def test_bad_terms_are_named(daemon: Daemon, terms: dict[str, object], sentence: str) -> None:

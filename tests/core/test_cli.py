@@ -24,12 +24,12 @@ from mpd.config import DaemonConfig, NetConfig
 from mpd.errors import DaemonUnavailable, Fatal, LocalError
 from mpd.ids import Endpoint, PeerId
 
-COMMANDS = ("join", "status", "rounds", "peers", "leave")
-ASKING = COMMANDS[1:]
+ASKING = ("status", "rounds", "peers", "leave")
+COMMANDS = ("join", *ASKING, "swarm")
 STATUS = {
     "peer_id": "a" * 32, "listen": "127.0.0.1:4747", "announce": "127.0.0.1:4747", "reachable": True, "links": 0,
-    "sealed": False, "dht": {"peers": 0, "bootstrap": [], "problem": ""}, "runs": [], "problem": "", "version": "0.1.0",
-    "uptime_s": 1.0,
+    "suites": ["aes-256-gcm"], "swarm": {"open": True}, "budgets": {},
+    "dht": {"peers": 0, "bootstrap": [], "problem": ""}, "runs": [], "problem": "", "version": "0.1.0", "uptime_s": 1.0,
 }  # fmt: skip
 ANSWERS: dict[str, Any] = {"status": STATUS, "rounds": [], "peers": []}
 
@@ -315,25 +315,33 @@ def test_relative_paths_mean_where_the_command_was_typed(
 
 
 @pytest.mark.parametrize(
-    ("flags", "printed", "warned"),
+    ("flags", "printed"),
     [
-        ([], "others on this machine join with: mpd join --bootstrap 127.0.0.1:4747", False),
-        (["--listen", "192.0.2.7:5"], "others join with: mpd join --bootstrap 192.0.2.7:5", True),
-        (
-            ["--listen", "0.0.0.0:5", "--announce", "a.example:6"],
-            "others join with: mpd join --bootstrap a.example:6",
-            True,
-        ),
-        (["--outbound-only"], "accepts no connections; others join through another peer", False),
+        (["--listen", "127.0.0.1:4747"], "others on this machine join with: mpd join --bootstrap 127.0.0.1:4747"),
+        (["--listen", "192.0.2.7:5"], "others join with: mpd join --bootstrap 192.0.2.7:5"),
+        (["--listen", "0.0.0.0:5", "--announce", "a.example:6"], "others join with: mpd join --bootstrap a.example:6"),
+        (["--outbound-only"], "accepts no connections; others join through another peer"),
     ],
 )
-def test_join_prints_what_others_bootstrap_from(
-    joined: list[DaemonConfig], flags: list[str], printed: str, warned: bool
-) -> None:
+def test_join_prints_what_others_bootstrap_from(joined: list[DaemonConfig], flags: list[str], printed: str) -> None:
     result = run("join", *flags)
     assert result.stdout.startswith(f"peer {'a' * 32} ")
     assert result.stdout.endswith(f"{printed}\n")
-    assert ("warning: peers talk in the clear" in result.stderr) == warned
+    assert result.stderr == ""
+
+
+def test_an_invite_is_read_and_appears_nowhere(joined: list[DaemonConfig]) -> None:
+    result = run("join", "--invite", "mpdi1.secret")
+    assert joined[0].invite == "mpdi1.secret"
+    assert "secret" not in repr(joined[0]) + result.output
+
+
+def test_tensors_travel_in_the_clear_only_where_nobody_listens(joined: list[DaemonConfig]) -> None:
+    assert run("join", "--plain-on-loopback", "--listen", "127.0.0.1:0").exit_code == 0
+    assert joined[0].net.plain_data
+    result = run("join", "--plain-on-loopback")
+    assert result.exit_code == 2
+    assert "needs --listen with a loopback address, not 0.0.0.0:4747" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 """Round trips of every codec, and payloads made to break the decoder."""
 
+import json
+import random
+import subprocess
+import sys
 import tracemalloc
 from contextlib import suppress
 
@@ -184,9 +188,10 @@ def test_mutated_zstd_frames_decode_to_the_planned_size_or_raise(mutations):
     assert guarded[:64] == guarded[4064:] == b"\xaa" * 64
 
 
-def handmade_frame(announced_bytes: int, *blocks: tuple[int, int]) -> bytes:
-    """Return a zstd frame with a window of 128 KiB that holds (times, n_bytes) blocks of zero bytes."""
-    header = b"\x28\xb5\x2f\xfd" + b"\x80\x38" + announced_bytes.to_bytes(4, "little")
+def handmade_frame(announced_bytes: int, *blocks: tuple[int, int], window_log: int = 17, dict_id: int = 0) -> bytes:
+    """Return a zstd frame that holds (times, n_bytes) blocks of zero bytes; its window is 2**window_log bytes."""
+    header = b"\x28\xb5\x2f\xfd" + bytes([0x80 | bool(dict_id), window_log - 10 << 3])
+    header += bytes([dict_id] if dict_id else []) + announced_bytes.to_bytes(4, "little")
     sizes = [n_bytes for times, n_bytes in blocks for _ in range(times)]
     run_length = [(n_bytes << 3 | 0b010).to_bytes(3, "little") + b"\0" for n_bytes in sizes]
     return header + b"".join(run_length) + b"\x01\0\0"  # and an empty block that is the last
@@ -224,6 +229,68 @@ def test_a_zstd_bomb_costs_no_memory(announced):
     finally:
         tracemalloc.stop()
     assert peak_bytes < 2 * MIB
+
+
+def hostile_frames(n_frames: int) -> list[bytes]:
+    """Return frames for a chunk of 1 MiB, each of at most 8 KiB and a bit, that lie in one of ten ways."""
+    rng = random.Random(12)
+    full = (8, 128 * 1024)
+    honest = handmade_frame(MIB, full)
+    ways = [
+        lambda: bomb(256 * MIB, 256 * MIB),
+        lambda: bomb(MIB, 256 * MIB),
+        lambda: bomb(rng.randrange(2**32), rng.randint(1, 2048) * 128 * 1024),
+        lambda: handmade_frame(MIB, (rng.choice([*range(8), *range(9, 2048)]), 128 * 1024)),
+        lambda: handmade_frame(MIB, full, window_log=rng.randint(23, 41)),  # 27: the 128 MiB that zstd would allow
+        lambda: handmade_frame(MIB, full, dict_id=rng.randint(1, 255)),
+        lambda: honest + rng.randbytes(rng.randint(1, 8192)),
+        lambda: honest + rng.choice([honest, zstd_frame(b""), EMPTY_SKIPPABLE, bomb(256 * MIB, 256 * MIB)]),
+        lambda: honest[: rng.randrange(len(honest))],
+        lambda: handmade_frame(MIB, (rng.randint(1, 2000), 0), full, (1, 1)),
+    ]
+    return [ways[i % len(ways)]() for i in range(n_frames)]
+
+
+DECODE_ALL = """
+import json, sys, time
+from mpd.codecs import codec_named
+from mpd.errors import PeerError
+
+def peak_bytes():
+    lines = dict(line.split(":") for line in open("/proc/self/status"))
+    return 1024 * int(lines["VmHWM"].split()[0])
+
+honest, *frames = [bytes.fromhex(line) for line in open(sys.argv[1])]
+codec, n_elems = codec_named("zstd"), 1 << 18
+out = memoryview(bytearray(4 * n_elems))
+for _ in range(3):
+    codec.decode(memoryview(honest), "float32", n_elems, out)
+before, refused, slowest_s = peak_bytes(), 0, 0.0
+for frame in frames:
+    times = []
+    for _ in range(3):
+        began = time.process_time()
+        try:
+            codec.decode(memoryview(frame), "float32", n_elems, out)
+        except PeerError:
+            refused += 1
+        times.append(time.process_time() - began)
+    slowest_s = max(slowest_s, min(times))
+print(json.dumps({"refused": refused, "growth_bytes": peak_bytes() - before, "slowest_s": slowest_s}))
+"""
+
+
+def test_a_thousand_hostile_frames_are_refused_at_no_cost(tmp_path):
+    """In a process of its own, whose peak of memory is nobody else's. Times are of its processor, best of three."""
+    frames = hostile_frames(1000)
+    assert max(map(len, frames)) < 8400
+    path = tmp_path / "frames"
+    path.write_text("\n".join(frame.hex() for frame in [handmade_frame(MIB, (8, 128 * 1024)), *frames]))
+    done = subprocess.run([sys.executable, "-c", DECODE_ALL, path], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["refused"] == 3 * len(frames)
+    assert found["growth_bytes"] < 8 * MIB
+    assert found["slowest_s"] < 0.001
 
 
 def test_codecs_are_found_by_name_and_number():

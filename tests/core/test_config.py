@@ -10,10 +10,17 @@ from mpd.config import DEFAULT_PORT, DaemonConfig, NetConfig, RoundLimits
 from mpd.ids import Endpoint
 
 
-def test_a_daemon_keeps_to_its_machine_unless_told_otherwise() -> None:
+def test_a_daemon_listens_on_all_interfaces_and_seals_what_it_sends() -> None:
     net = NetConfig()
-    assert net.listen == Endpoint("127.0.0.1", DEFAULT_PORT) == Endpoint("127.0.0.1", 4747)
-    assert (net.announce, net.bootstrap, net.outbound_only) == (None, (), False)
+    assert net.listen == Endpoint("0.0.0.0", DEFAULT_PORT) == Endpoint("0.0.0.0", 4747)
+    assert (net.announce, net.bootstrap, net.outbound_only, net.plain_data) == (None, (), False, False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_tensors_in_the_clear_never_leave_the_machine(host: str) -> None:
+    with pytest.raises(ValueError, match="on a loopback address only"):
+        NetConfig(Endpoint(host, 4747), plain_data=True)
+    assert NetConfig(Endpoint("127.0.0.1", 4747), plain_data=True).plain_data
 
 
 def test_what_is_promised_until_something_is_measured() -> None:

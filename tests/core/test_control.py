@@ -12,7 +12,7 @@ from message_strategies import any_message, gone_wrong, messages, outcome, requi
 from mpd import control
 from mpd.control import LOCAL, MAX_FRAME_BYTES, PREFIX_BYTES, body_length, pack
 from mpd.errors import LocalError
-from mpd.layout import TensorSpec
+from mpd.layout import MAX_WEIGHT, TensorSpec
 
 KINDS = pytest.mark.parametrize("kind", LOCAL.types.values(), ids=list(LOCAL.types))
 NOT_THAT = [[[]]]  # no field has this type
@@ -55,6 +55,7 @@ def test_a_message_gone_wrong_is_another_message_or_a_local_error(body: bytes) -
         ({"weight": -1.0}, "weight is -1.0"),
         ({"weight": float("nan")}, "weight is nan"),
         ({"weight": float("inf")}, "weight is inf"),
+        ({"weight": 1e9}, r"weight is 1000000000.0: a positive number up to 1e\+08 expected"),
         ({"timeout_s": 0.0}, "timeout is 0.0"),
         ({"timeout_s": float("inf")}, "timeout is inf"),
         ({"timeout_s": float("nan")}, "timeout is nan"),
@@ -67,6 +68,11 @@ def test_a_step_that_makes_no_sense_is_refused(change: dict[str, Any], words: st
         LOCAL.decode(msgspec.msgpack.encode(["step", body]))
     with pytest.raises(ValueError, match=words):
         control.Step(**body)
+
+
+def test_the_heaviest_step_is_accepted() -> None:
+    step = control.Step(1, MAX_WEIGHT, 1.0)
+    assert LOCAL.decode(LOCAL.encode(step)) == step
 
 
 def test_tensors_are_checked_while_they_are_decoded() -> None:

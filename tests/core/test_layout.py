@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpd.errors import LocalError
-from mpd.layout import ITEM_BYTES, MAX_LAYOUT_BYTES, Layout, Segment, TensorSpec, Terms, first_difference
+from mpd.layout import (
+    AGGREGATE_NAMES,
+    ITEM_BYTES,
+    MAX_LAYOUT_BYTES,
+    Layout,
+    Segment,
+    TensorSpec,
+    Terms,
+    first_difference,
+)
 
 SPECS = st.lists(
     st.builds(
@@ -178,11 +187,20 @@ def test_terms_are_named_before_tensors():
         {"rounds": "all"},
         {"codec": "gzip"},
         {"aggregate": "median"},
+        {"aggregate": "clip", "rounds": "exact"},
+        {"aggregate": "trimmed", "rounds": "exact"},
     ],
 )
 def test_impossible_terms_are_refused_by_name(change):
     with pytest.raises(LocalError, match=next(iter(change))):
         terms(**change)
+
+
+def test_only_a_mean_can_be_certified():
+    assert [terms(aggregate=name).aggregate for name in AGGREGATE_NAMES] == ["mean", "clip", "trimmed"]
+    assert terms(rounds="exact", aggregate="mean").rounds == "exact"
+    with pytest.raises(LocalError, match=r"aggregate is 'clip' with rounds='exact': only a mean .* can be certified"):
+        terms(rounds="exact", aggregate="clip")
 
 
 def test_importing_layout_needs_no_numpy():

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from mpd.errors import PeerError
 from mpd.grid import MAX_PEERS, fit
+from mpd.layout import MAX_WEIGHT
 from mpd.mass import MAX_MASS, Standing, after, certificate, enter, shares
 
 ROUND = b"r" * 16
@@ -162,7 +163,11 @@ def test_on_one_axis_a_round_is_a_cycle(exact, shape, cells):
         {"mass": -1.0},
         {"mass": math.nan},
         {"mass": math.inf},
-        {"mass": 2 * MAX_MASS},
+        {"mass": 2 * MAX_WEIGHT},
+        {"mass": 1e9},
+        {"mass": 2 * MAX_MASS, "origin": ROUND},
+        {"mass": math.nan, "origin": ROUND},
+        {"mass": -1.0, "origin": ROUND},
         {"heads": -1.0},
         {"heads": math.nan},
         {"heads": MAX_PEERS + 1.0},
@@ -176,13 +181,32 @@ def test_standing_refuses_nonsense(change):
         replace(enter(1.0, (0, 0)), **change)
 
 
+def test_the_trainers_of_a_peer_weigh_no_more_than_one_may():
+    assert enter(MAX_WEIGHT, (0,)).mass == enter(8 * MAX_WEIGHT, (0,)).mass == MAX_WEIGHT
+
+
+def test_the_whole_swarm_at_its_heaviest_fits_into_a_cell():
+    group = [arrived((0, c), origin, mass=MAX_MASS / 2, heads=1.0) for c, origin in enumerate(ORIGINS[:2])]
+    assert shares(group, 1, (2, 2), exact=True).weights == (MAX_MASS / 2, MAX_MASS / 2)
+    assert MAX_MASS == MAX_WEIGHT * MAX_PEERS
+
+
 @given(
     st.lists(
         st.builds(
             Standing,
-            mass=st.floats(0, MAX_MASS),
+            mass=st.floats(0, MAX_WEIGHT) | st.just(MAX_WEIGHT),
             heads=st.floats(0, MAX_PEERS),
             origin=st.sampled_from([b"", *ORIGINS]),
+            seen=st.integers(-1, 3),
+            full=st.booleans(),
+            cell=st.tuples(st.just(1), st.integers(0, 1)),
+        )
+        | st.builds(
+            Standing,
+            mass=st.floats(0, MAX_MASS),
+            heads=st.floats(0, MAX_PEERS),
+            origin=st.sampled_from(ORIGINS),
             seen=st.integers(-1, 3),
             full=st.booleans(),
             cell=st.tuples(st.just(1), st.integers(0, 1)),

@@ -96,7 +96,7 @@ HOSTILE_HOSTS = [
 @pytest.mark.parametrize("host", HOSTILE_HOSTS)
 def test_no_host_gets_in_that_a_resolver_or_a_terminal_would_choke_on(host: str) -> None:
     """Such a name would raise in the resolver, far from here, where nobody blames the peer."""
-    hello = Hello(1, b"p" * 20, b"i" * 16, "192.0.2.7", 4747, "192.0.2.8")
+    hello = Hello(2, b"i" * 16, "192.0.2.7", 4747, "192.0.2.8")
     for message in (hello, JOIN):
         assert "is not a host" in refused(PEERS, message, {"host": host})
     members = [fields_of(ALICE), fields_of(BOB, host=host)]
@@ -106,7 +106,7 @@ def test_no_host_gets_in_that_a_resolver_or_a_terminal_would_choke_on(host: str)
 
 
 def test_a_peer_that_cannot_be_dialled_needs_no_host() -> None:
-    assert Hello(1, b"p" * 20, b"i" * 16, "", 0).port == 0
+    assert Hello(2, b"i" * 16, "", 0).port == 0
     assert CAROL.host == ""
     assert "has a port" in refused(PEERS, JOIN, {"port": 0})
     members = [fields_of(ALICE, fraction=1.0), fields_of(CAROL, inbound=True)]
@@ -136,6 +136,10 @@ def test_a_peer_that_cannot_be_dialled_needs_no_host() -> None:
         (JOIN, {"stamp": -1}),
         (JOIN, {"port": 65536}),
         (JOIN, {"standing": {"mass": NAN, "heads": 1.0, "origin": b"", "seen": -1, "full": False, "cell": []}}),
+        (JOIN, {"standing": {"mass": INF, "heads": 1.0, "origin": b"", "seen": -1, "full": False, "cell": []}}),
+        (JOIN, {"standing": {"mass": -1.0, "heads": 1.0, "origin": b"", "seen": -1, "full": False, "cell": []}}),
+        (JOIN, {"standing": {"mass": 1e9, "heads": 1.0, "origin": b"", "seen": -1, "full": False, "cell": []}}),
+        (JOIN, {"standing": {"mass": 1e15, "heads": 1.0, "origin": b"o" * 16, "seen": 0, "full": True, "cell": []}}),
         (JOIN, {"standing": {"mass": 1.0, "heads": 1.0, "origin": b"o", "seen": -1, "full": False, "cell": []}}),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else type(value).__name__,

@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpd.errors import LocalError, PeerError, RoundFailed
-from mpd.layout import ITEM_BYTES, Segment
+from mpd.layout import ITEM_BYTES, MAX_WEIGHT, Segment
 from mpd.reduce import (
-    MAX_WEIGHT,
     MIN_WEIGHT,
     Accumulator,
     AccumulatorPool,

@@ -85,12 +85,29 @@ def test_fractions_are_the_optimum(bandwidths):
     ],
 )
 def test_chunk_sizes_follow_the_shard(vector_bytes, n_members, expected):
-    assert chunk_bytes_for(vector_bytes, n_members) == expected
+    assert chunk_bytes_for(vector_bytes, n_members, bandwidth=1e9) == expected
 
 
-@given(st.integers(1, 2**40), st.integers(2, 64))
-def test_chunk_sizes_are_whole_steps_within_the_bounds(vector_bytes, n_members):
-    size = chunk_bytes_for(vector_bytes, n_members)
+@pytest.mark.parametrize(
+    ("bandwidth", "expected"),
+    [
+        (0.0, 256 * KIB),  # nobody has measured anything
+        (5e-324, 64 * KIB),
+        (1e6, 64 * KIB),  # 8 Mbit/s: 20 ms are 20 kB, but 64 KiB is the least
+        (12.5e6, 192 * KIB),  # 100 Mbit/s
+        (50e6, 960 * KIB),
+        (125e6, MIB),
+        (1e308, MIB),
+    ],
+)
+def test_chunks_are_short_on_slow_links(bandwidth, expected):
+    assert chunk_bytes_for(64 * MIB, 8, bandwidth) == expected
+    assert chunk_bytes_for(MIB, 8, bandwidth) == 64 * KIB
+
+
+@given(st.integers(1, 2**40), st.integers(2, 64), st.floats(0, allow_infinity=False))
+def test_chunk_sizes_are_whole_steps_within_the_bounds(vector_bytes, n_members, bandwidth):
+    size = chunk_bytes_for(vector_bytes, n_members, bandwidth)
     assert MIN_CHUNK_BYTES <= size <= MAX_CHUNK_BYTES
     assert size % MIN_CHUNK_BYTES == 0
 
@@ -134,7 +151,7 @@ def test_shards_are_as_large_as_their_shares_say(n_elems, shares):
 
 def test_bytes_on_the_wire_stay_within_a_percent_of_the_butterfly():
     n = 16
-    cut = chunks(segments_of(float32=MIB // 4), fractions([1.0] * n), chunk_bytes_for(MIB, n))
+    cut = chunks(segments_of(float32=MIB // 4), fractions([1.0] * n), chunk_bytes_for(MIB, n, 0.0))
     for me in range(n):
         mine = sum(chunk.n_bytes for chunk in cut if chunk.owner == me)
         assert (MIB - mine) + (n - 1) * mine == pytest.approx(2 * (1 - 1 / n) * MIB, rel=0.01)

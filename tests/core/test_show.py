@@ -18,8 +18,10 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 STATUS: dict[str, Any] = {
     "peer_id": ALICE, "listen": "192.0.2.7:4747", "announce": "192.0.2.7:4747", "reachable": True, "links": 2,
-    "sealed": False, "dht": {"peers": 2, "bootstrap": [], "problem": ""}, "runs": [], "problem": "", "version": "0.1.0",
-    "uptime_s": 3723.4,
+    "suites": ["aes-256-gcm"], "dht": {"peers": 2, "bootstrap": [], "problem": ""}, "runs": [], "problem": "",
+    "version": "0.1.0", "uptime_s": 3723.4,
+    "swarm": {"name": "lab", "id": CAROL, "open": False, "role": "member", "expires_in_s": 5 * 86400 + 7},
+    "budgets": {"open_links": {"limit": 256, "used": 2, "peak": 3, "refused": 0}},
 }  # fmt: skip
 ROUND: dict[str, Any] = {
     "run": "my-run", "number": 3, "round_id": "00" * 16, "averaged": True, "group": [ALICE, BOB, CAROL],
@@ -57,8 +59,9 @@ def test_a_quiet_daemon_says_how_to_go_on() -> None:
     assert lines == [
         f"peer        {ALICE}",
         "listens on  192.0.2.7:4747",
-        "swarm       2 other daemons known",
-        "links       2 open, in the clear",
+        f"swarm       lab ({CAROL}), as member; certificate for 5 days",
+        "others      2 daemons known",
+        "links       2 open, sealed with aes-256-gcm",
         "up          1 h 2 min, mpd 0.1.0",
         "",
         "No trainer is attached. In a training script: mpd.client.connect().averager(...)",
@@ -72,12 +75,15 @@ def test_a_quiet_daemon_says_how_to_go_on() -> None:
         ({"reachable": False}, "192.0.2.7:4747, not yet known to be reachable"),
         ({"listen": "0.0.0.0:4747"}, "0.0.0.0:4747, announced as 192.0.2.7:4747"),
         ({"listen": "[fe80::1]:4747", "announce": "[fe80::1]:4747"}, "listens on  [fe80::1]:4747 "),
-        ({"dht": {"peers": 0, "bootstrap": [], "problem": ""}}, "no other daemon known yet"),
-        ({"dht": {"peers": 1, "bootstrap": [], "problem": ""}}, "1 other daemon known"),
+        ({"dht": {"peers": 0, "bootstrap": [], "problem": ""}}, "others      none known yet"),
+        ({"dht": {"peers": 1, "bootstrap": [], "problem": ""}}, "others      1 daemon known"),
         ({"dht": asking("[fe80::2]:1", "no answer")}, "bootstrap   [fe80::2]:1: no answer"),
         ({"dht": {"peers": 0, "bootstrap": [], "problem": "the clock is off"}}, "problem     the clock is off"),
         ({"problem": "the disk is full"}, "problem     the disk is full"),
-        ({"sealed": True}, "2 open, sealed"),
+        ({"suites": ["none"]}, "2 open, tensors in the clear"),
+        ({"swarm": {"open": True}}, "open: anyone who reaches a daemon of it can take part"),
+        ({"budgets": {"a_b": {"limit": 9, "used": 3, "peak": 9, "refused": 4}}}, "a b: 3 of 9 in use, refused 4 times"),
+        ({"budgets": {"links": {"limit": 9, "used": 9, "peak": 9, "refused": 0}}}, "limit       links: 9 of 9 in use"),
         ({"uptime_s": 59.9}, "59 s, mpd"),
         ({"uptime_s": 61}, "1 min 1 s, mpd"),
     ],

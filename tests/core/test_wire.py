@@ -10,20 +10,17 @@ from hypothesis import strategies as st
 from mpd.errors import LocalError, PeerError
 from mpd.ids import RoundId
 from mpd.wire import (
-    CONTROL_GREETING_BYTES,
-    CONTROL_MAGIC,
     DATA_GREETING_BYTES,
     DATA_MAGIC,
+    GREETING_BYTES,
     HEADER_BYTES,
     MAX_CONTROL_BYTES,
     ControlBuffer,
     Header,
     Kind,
     control_frame,
-    control_greeting,
     data_greeting,
     pack_header,
-    parse_control_greeting,
     parse_data_greeting,
     unpack_header,
 )
@@ -174,12 +171,10 @@ def test_fields_that_do_not_fit_are_never_packed(change):
         pack_header(replace(CHUNK, **change))
 
 
-def test_greetings_have_the_documented_bytes():
+def test_a_greeting_has_the_documented_bytes():
     conn_id = bytes(range(100, 116))
-    assert control_greeting() == b"mpdC\x01\0\0\0"
     assert data_greeting(conn_id) == b"mpdD\x01\0\0\0" + conn_id
-    assert (len(control_greeting()), len(data_greeting(conn_id))) == (CONTROL_GREETING_BYTES, DATA_GREETING_BYTES)
-    assert control_greeting().startswith(CONTROL_MAGIC)
+    assert (GREETING_BYTES, len(data_greeting(conn_id))) == (8, DATA_GREETING_BYTES)
     assert data_greeting(conn_id).startswith(DATA_MAGIC)
 
 
@@ -188,30 +183,19 @@ def test_a_data_greeting_returns_its_connection(conn_id):
     assert parse_data_greeting(data_greeting(conn_id)) == conn_id
 
 
-def test_a_control_greeting_is_accepted():
-    assert parse_control_greeting(control_greeting()) is None
-
-
-@pytest.mark.parametrize(
-    ("parse", "greeting", "other"),
-    [
-        (parse_control_greeting, control_greeting(), data_greeting(bytes(16))[:8]),
-        (parse_data_greeting, data_greeting(bytes(16)), control_greeting() + bytes(16)),
-    ],
-)
-def test_any_other_greeting_is_refused_with_its_cause(parse, greeting, other):
-    with pytest.raises(PeerError, match="begins with b'mpd"):
-        parse(other)
-    with pytest.raises(PeerError, match="begins with b'\\\\x16"):
-        parse(b"\x16" + greeting[1:])
+def test_any_other_greeting_is_refused_with_its_cause():
+    greeting = data_greeting(bytes(16))
+    for other in (b"mpdA" + greeting[4:], b"\x16" + greeting[1:]):
+        with pytest.raises(PeerError, match=r"begins with b'(mpdA|\\x16)"):
+            parse_data_greeting(other)
     with pytest.raises(PeerError, match="speaks version 2"):
-        parse(greeting[:4] + b"\x02" + greeting[5:])
+        parse_data_greeting(greeting[:4] + b"\x02" + greeting[5:])
     for position in (5, 6, 7):
         with pytest.raises(PeerError, match="reserved"):
-            parse(greeting[:position] + b"\x01" + greeting[position + 1 :])
+            parse_data_greeting(greeting[:position] + b"\x01" + greeting[position + 1 :])
     for wrong_size in [greeting[:cut] for cut in range(len(greeting))] + [greeting + b"\0"]:
         with pytest.raises(PeerError, match=f"{len(wrong_size)} bytes"):
-            parse(wrong_size)
+            parse_data_greeting(wrong_size)
 
 
 def test_a_connection_id_has_16_bytes():

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mpd import wire
+from mpd.admission import ADMISSION
 from mpd.control import LOCAL
 from mpd.ids import RoundId
 from mpd.layout import TensorSpec
@@ -80,6 +81,7 @@ def _show(annotation: Any) -> str:
         ("## Local socket", LOCAL.types),
         ("## Control connection", PEERS.types),
         ("### Exchange", EXCHANGE.types),
+        ("### Admission", ADMISSION.types),
         ("### Structures", STRUCTURES),
     ],
 )
@@ -88,7 +90,7 @@ def test_the_tables_are_the_messages(heading: str, kinds: dict[str, type[Any]]) 
 
 
 def test_every_message_and_field_is_explained() -> None:
-    for heading in ("## Local socket", "## Control connection", "### Exchange", "### Structures"):
+    for heading in ("## Local socket", "## Control connection", "### Admission", "### Exchange", "### Structures"):
         unexplained = [row for row in table_under(heading) if not row[-1]]
         assert not unexplained, heading
 
@@ -106,10 +108,8 @@ def test_the_header_lies_as_documented() -> None:
     assert sum(size for _, size, _ in rows) == wire.HEADER_BYTES
 
 
-def test_the_greetings_are_as_documented() -> None:
-    assert wire.control_greeting() == b"mpdC\x01\0\0\0"
+def test_the_greeting_is_as_documented() -> None:
     assert wire.data_greeting(b"0123456789abcdef") == b"mpdD\x01\0\0\x000123456789abcdef"
-    assert "begins with 8 bytes: `mpdC`, a version (1), three zero bytes" in PAGE
     assert "begins with 24 bytes: `mpdD`, a version (1), three zero" in PAGE
 
 

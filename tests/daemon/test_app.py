@@ -118,7 +118,10 @@ async def test_status_has_what_the_documentation_promises(tmp_path: Path) -> Non
         assert status["version"] == mpd.__version__
         assert 0 <= status["uptime_s"] < PATIENCE_S
         assert status["reachable"] is True
-        assert (status["links"], status["sealed"], status["problem"]) == (0, False, "")
+        assert (status["links"], status["problem"]) == (0, "")
+        assert (status["swarm"]["open"], status["swarm"]["role"]) == (True, "member")
+        assert set(status["suites"]) == {"aes-256-gcm", "chacha20-poly1305"}
+        assert {"links", "handshakes", "datagrams", "records", "trainers", "descriptors"} <= status["budgets"].keys()
         assert stat.S_IMODE(daemon.config.socket.stat().st_mode) == 0o600
 
 

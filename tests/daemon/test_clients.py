@@ -6,28 +6,34 @@ Clients are raw sockets, because the interesting ones send what no proper client
 
 import array
 import contextlib
+import errno
 import fcntl
 import os
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 import mpd
 from mpd import control
 from mpd.daemon import clients
-from mpd.daemon.clients import FRAME_S, HANDSHAKE_S, MAX_CONNECTIONS, SMALL_FRAME_BYTES, lock_socket, serve_clients
+from mpd.daemon.budgets import Budget, Budgets, ByteGate, Descriptors, KeyedBudget
+from mpd.daemon.clients import FRAME_S, HANDSHAKE_S, SEAT_DESCRIPTORS, SMALL_FRAME_BYTES, lock_socket, serve_clients
 from mpd.daemon.memory import OutRegion, Region
 from mpd.errors import Fatal, LocalError
 from mpd.ids import PeerId, show_peer
 from mpd.layout import TensorSpec
 
 HELLO = control.Hello(control.CONTROL_VERSION, "train.py (pid 7)")
+SOAK = bool(os.environ.get("MPD_SOAK"))
+N_CONNECTIONS = 5000 if SOAK else 200
+N_DESCRIPTOR_MESSAGES = 10_000 if SOAK else 50
 ATTACH = control.Attach("run", (TensorSpec("w", "float32", (4,)),), 16, 1, "raw", "mean")
 
 
@@ -37,12 +43,15 @@ class Seat:
     def __init__(self) -> None:
         self.in_region = Region(16)
         self.out_region = OutRegion(16)
+        self.memory = trio.Event()  # until it is set, snapshots are being made
+        self.memory.set()
         self.gate = trio.Event()
         self.answer: control.Stepped | LocalError = control.Stepped(1, averaged=True, reason="all came", generation=1)
         self.calls: list[Any] = []
         self.closed = trio.Event()
 
-    def open_snapshot(self) -> Region:
+    async def open_snapshot(self) -> Region:
+        await self.memory.wait()
         return self.in_region
 
     async def step(self, request: control.Step) -> control.Stepped:
@@ -67,8 +76,16 @@ class Trainers:
         self.seats: list[Seat] = []
         self.labels: list[str] = []
         self.left = trio.Event()
+        self.memory = trio.Event()  # until it is set, regions are being made
+        self.memory.set()
+        self.dropped = 0
 
-    def attach(self, request: control.Attach, label: str) -> Seat:
+    async def attach(self, request: control.Attach, label: str) -> Seat:
+        try:
+            await self.memory.wait()
+        except trio.Cancelled:
+            self.dropped += 1
+            raise
         if request.run == "taken":
             raise LocalError("group_size is 16 here, 8 there")
         self.labels.append(label)
@@ -140,10 +157,15 @@ def trainers() -> Trainers:
 
 
 @pytest.fixture
-async def server(path: Path, trainers: Trainers) -> AsyncIterator[None]:
+def budgets() -> Budgets:
+    return Budgets()
+
+
+@pytest.fixture
+async def server(path: Path, trainers: Trainers, budgets: Budgets) -> AsyncIterator[None]:
     with contextlib.ExitStack() as farewells, lock_socket(path):
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve_clients, path, trainers, farewells)
+            await nursery.start(serve_clients, path, trainers, farewells, budgets)
             yield
             nursery.cancel_scope.cancel()
 
@@ -273,7 +295,7 @@ async def test_leaving_is_answered_and_passed_on(client: Client, trainers: Train
 async def test_who_asked_the_daemon_to_leave_sees_the_end_when_all_is_over(path: Path, trainers: Trainers) -> None:
     with contextlib.ExitStack() as farewells, lock_socket(path):
         async with trio.open_nursery() as nursery, contextlib.AsyncExitStack() as clients:
-            await nursery.start(serve_clients, path, trainers, farewells)
+            await nursery.start(serve_clients, path, trainers, farewells, Budgets())
             asks, bystander = [await clients.enter_async_context(connected(path)) for _ in range(2)]
             await asks.ask(HELLO)
             await bystander.ask(HELLO)
@@ -415,17 +437,54 @@ async def test_a_quiet_client_may_stay(client: Client, autojump_clock: object) -
     assert isinstance(await client.ask(control.Query("status")), control.Answer)
 
 
-async def test_more_connections_than_allowed_are_refused(path: Path, server: None) -> None:
-    async with contextlib.AsyncExitStack() as stack:
-        crowd = [await stack.enter_async_context(connected(path)) for _ in range(MAX_CONNECTIONS)]
-        for one in crowd:
-            assert isinstance(await one.ask(HELLO), control.Welcome)
-        late = await stack.enter_async_context(connected(path))
-        assert is_refused(await late.hear(), "64 connections are open already")
-        assert await late.hear() is None
-    with trio.fail_after(5):
-        while not await goes_on(path):  # until the server has seen the crowd go
-            pass
+async def test_a_client_that_does_not_read_is_cut_off(
+    client: Client, trainers: Trainers, autojump_clock: object
+) -> None:
+    await client.attach()
+    began = trio.current_time()
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        await client.say(*[control.Query("status")] * 100_000)
+    assert trio.current_time() - began == pytest.approx(FRAME_S)
+    await trainers.seats[0].closed.wait()
+
+
+async def test_what_the_kernel_refuses_ends_one_connection(
+    path: Path, client: Client, trainers: Trainers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here: more descriptors on their way than one user may have, which its trainers can bring about at will."""
+
+    async def fail(*args: Any) -> int:
+        raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+
+    await client.ask(HELLO)
+    with monkeypatch.context() as patch:
+        patch.setattr(trio._socket._SocketType, "sendmsg", fail)
+        await client.say(ATTACH)
+        assert await client.hear() is None
+    await trainers.seats[0].closed.wait()
+    process = f"the connection of process {os.getpid()} was ended"
+    assert caplog.messages == [f"{process}: [Errno 109] Too many references: cannot splice"]
+    assert await goes_on(path)
+
+
+async def test_descriptors_survive_the_wait_for_room(nursery: trio.Nursery) -> None:
+    """A run may close a region, and the kernel give its number to something secret, before the message gets out."""
+    ours, theirs = trio.socket.socketpair()
+    region, frames, receiver = Region(16), clients._Frames(ours, ByteGate(1)), Client(theirs)
+    async with frames._sending:
+        nursery.start_soon(frames.send, control.SnapshotOpened(16), [region.fd])
+        await wait_all_tasks_blocked()
+        number = region.fd
+        region.close()
+        secret = os.open("/dev/null", os.O_RDONLY)
+        assert secret == number
+    assert await receiver.hear() == control.SnapshotOpened(16)
+    (fd,) = receiver.fds
+    assert os.fstat(fd).st_size == 16
+    for each in (fd, secret):
+        os.close(each)
+    ours.close()
+    theirs.close()
 
 
 async def test_another_user_is_not_even_read(path: Path, server: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,6 +496,191 @@ async def test_another_user_is_not_even_read(path: Path, server: None, monkeypat
             await client.say(HELLO)
             assert await client.hear() is None
     assert await goes_on(path)
+
+
+# ------------------------------------------------------------------------------------------------- while memory is made
+
+
+async def test_questions_are_answered_while_memory_is_made(client: Client, trainers: Trainers) -> None:
+    trainers.memory = trio.Event()
+    await client.ask(HELLO)
+    await client.say(ATTACH)
+    assert await client.ask(control.Query("status")) == control.Answer('{"version": 1}')
+    assert is_refused(await client.ask(ATTACH), "wait for the answer first")
+    assert is_refused(await client.ask(control.Step(1, 1.0, 1.0)), "attach first")
+    trainers.memory.set()
+    assert isinstance(await client.hear(), control.Attached)
+    trainers.seats[0].memory = trio.Event()
+    await client.say(control.OpenSnapshot())
+    assert is_refused(await client.ask(control.OpenSnapshot()), "wait for the answer first")
+    trainers.seats[0].memory.set()
+    assert isinstance(await client.hear(), control.SnapshotOpened)
+
+
+async def test_a_trainer_that_dies_while_it_attaches_leaves_nothing(
+    path: Path, server: None, trainers: Trainers, budgets: Budgets
+) -> None:
+    trainers.memory = trio.Event()
+    async with connected(path) as client:
+        await client.ask(HELLO)
+        await client.say(ATTACH)
+        await client.ask(control.Query("status"))
+        assert (budgets.trainers.used, budgets.clients.used) == (1, 1)
+    await until(lambda: not budgets.clients.used)
+    assert (trainers.dropped, trainers.seats, budgets.trainers.used) == (1, [], 0)
+
+
+async def test_a_trainer_that_dies_while_its_snapshot_is_made_frees_the_seat(
+    path: Path, server: None, trainers: Trainers
+) -> None:
+    async with connected(path) as client:
+        await client.attach()
+        trainers.seats[0].memory = trio.Event()
+        await client.say(control.OpenSnapshot())
+        await client.ask(control.Query("status"))
+    with trio.fail_after(5):
+        await trainers.seats[0].closed.wait()
+
+
+# ------------------------------------------------------------------------------------------------------------- budgets
+
+
+async def greeted(path: Path, stack: contextlib.AsyncExitStack) -> Client:
+    client = await stack.enter_async_context(connected(path))
+    assert isinstance(await client.ask(HELLO), control.Welcome)
+    return client
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Return once the server has done its part."""
+    with trio.fail_after(5):
+        while not holds():
+            await trio.lowlevel.checkpoint()
+
+
+async def comes_free(path: Path) -> None:
+    """Return once the server has seen the others go."""
+    with trio.fail_after(5):
+        while not await goes_on(path):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("budgets", "says"),
+    [
+        (Budgets(clients=Budget(4)), "4 connections are open already"),
+        (Budgets(clients_per_process=KeyedBudget(4)), f"process {os.getpid()} has 4 connections open already"),
+    ],
+    ids=["in total", "of one process"],
+)
+async def test_more_connections_than_allowed_are_refused(path: Path, server: None, budgets: Budgets, says: str) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(4):
+            await greeted(path, stack)
+        late = await stack.enter_async_context(connected(path))
+        assert is_refused(await late.hear(), says)
+        assert await late.hear() is None
+    await comes_free(path)
+    assert budgets.clients.peak <= 5
+
+
+@pytest.mark.parametrize("budgets", [Budgets(trainers=Budget(2), clients_per_process=KeyedBudget(2))])
+async def test_questions_are_answered_while_every_trainers_place_is_taken(
+    path: Path, server: None, budgets: Budgets, trainers: Trainers
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        attached = [await greeted(path, stack) for _ in range(2)]
+        for client in attached:
+            assert isinstance(await client.ask(ATTACH), control.Attached)
+        late = await greeted(path, stack)
+        assert is_refused(await late.ask(ATTACH), "2 trainers are attached to this daemon already")
+        assert isinstance(await late.ask(control.Query("status")), control.Answer)
+        attached[0].sock.close()
+        await trainers.seats[0].closed.wait()
+        with trio.fail_after(5):
+            while is_refused(await late.ask(ATTACH)):
+                pass
+        assert len(trainers.seats) == 3
+        assert (budgets.trainers.used, budgets.clients.used) == (2, 0)
+    await comes_free(path)
+    await until(lambda: not budgets.trainers.used)
+
+
+class Few(Descriptors):
+    """As if only so many more could be opened."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.left = n
+
+    def has_room(self, n: int = 1) -> bool:
+        return n <= self.left
+
+
+@pytest.mark.parametrize(("left", "welcome"), [(0, False), (SEAT_DESCRIPTORS - 1, True)])
+async def test_descriptors_that_run_out_are_told(path: Path, trainers: Trainers, left: int, welcome: bool) -> None:
+    with lock_socket(path):
+        async with trio.open_nursery() as nursery:
+            budgets = Budgets(descriptors=Few(left))
+            await nursery.start(serve_clients, path, trainers, contextlib.ExitStack(), budgets)
+            async with connected(path) as client:
+                answer = await (client.ask(HELLO) if welcome else client.hear())
+                if welcome:
+                    answer = await client.ask(ATTACH)
+                assert is_refused(answer, "too many files and sockets open")
+            assert budgets.trainers.used == 0
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("budgets", [Budgets(long_frames=ByteGate(1 << 20))])
+async def test_long_frames_wait_for_each_other(
+    path: Path, server: None, budgets: Budgets, autojump_clock: object
+) -> None:
+    long = control.Attach(
+        "run", tuple(TensorSpec(f"{i:050}", "float32", (4,)) for i in range(200)), 16, 1, "raw", "mean"
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        slow, honest = [await greeted(path, stack) for _ in range(2)]
+        began = trio.current_time()
+        await slow.raw(struct.pack("<I", 1 << 20) + bytes(10_000))
+        await wait_all_tasks_blocked()
+        assert isinstance(await honest.ask(long), control.Attached)
+        assert trio.current_time() - began == pytest.approx(FRAME_S)
+        assert is_refused(await slow.hear(), "a frame took longer than 5 s")
+        assert budgets.long_frames.used == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- floods
+
+
+async def test_a_flood_of_connections_leaves_no_trace(path: Path, server: None, budgets: Budgets) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    async def call() -> None:
+        with trio.move_on_after(10), contextlib.suppress(BlockingIOError):  # the kernel's queue is full
+            async with connected(path) as client:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    await client.raw(b"\x07\0\0\0garbage")
+                    await client.hear()
+
+    for _ in range(N_CONNECTIONS // 100):
+        async with trio.open_nursery() as nursery:
+            for _ in range(100):
+                nursery.start_soon(call)
+    await comes_free(path)
+    assert 0 < budgets.clients.peak <= budgets.clients.limit
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
+async def test_a_flood_of_descriptors_leaves_no_trace(path: Path, server: None) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(N_DESCRIPTOR_MESSAGES):
+        async with connected(path) as client:
+            flood = array.array("i", [client.sock.fileno()] * 253)
+            await client.sock.sendmsg([control.pack(HELLO)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, flood)])
+            await client.hear()
+    await comes_free(path)
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 # -------------------------------------------------------------------------------------------------- the socket's place
@@ -460,7 +704,7 @@ async def test_socket_and_folder_are_for_their_owner_alone(path: Path, server: N
 async def test_the_socket_goes_with_its_daemon(path: Path, trainers: Trainers) -> None:
     with lock_socket(path):
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve_clients, path, trainers, contextlib.ExitStack())
+            await nursery.start(serve_clients, path, trainers, contextlib.ExitStack(), Budgets())
             assert is_there(path)
             nursery.cancel_scope.cancel()
     assert not is_there(path)
@@ -473,7 +717,7 @@ async def test_a_socket_left_by_a_killed_daemon_is_replaced(path: Path, trainers
     path.with_name("mpd.sock.lock").write_text("4242")
     with lock_socket(path):
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve_clients, path, trainers, contextlib.ExitStack())
+            await nursery.start(serve_clients, path, trainers, contextlib.ExitStack(), Budgets())
             assert await goes_on(path)
             nursery.cancel_scope.cancel()
 
@@ -519,10 +763,10 @@ def test_a_file_that_is_no_socket_is_not_removed(path: Path, trainers: Trainers)
     path.parent.mkdir(mode=0o700)
     path.write_text("weights")
     with pytest.raises(Fatal, match="is there and is no socket"):
-        trio.run(serve_clients, path, trainers, contextlib.ExitStack())
+        trio.run(serve_clients, path, trainers, contextlib.ExitStack(), Budgets())
     assert path.read_text() == "weights"
 
 
 async def test_a_path_that_is_too_long_is_one_sentence(tmp_path: Path, trainers: Trainers) -> None:
     with pytest.raises(Fatal, match=r"path too long.*choose another --socket"):
-        await serve_clients(tmp_path / ("x" * 200), trainers, contextlib.ExitStack())
+        await serve_clients(tmp_path / ("x" * 200), trainers, contextlib.ExitStack(), Budgets())

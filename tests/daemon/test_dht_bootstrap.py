@@ -104,6 +104,23 @@ def test_every_entry_has_its_own_verdict() -> None:
     assert states["[2001:db8::7]:4"].startswith("cannot resolve name: ")
 
 
+def test_it_is_a_problem_only_when_every_entry_has_failed() -> None:
+    async def run() -> Bootstrap:
+        return Bootstrap(ME, Net({}).ping, lambda: None, random.Random(1))
+
+    bootstrap = asyncio.run(run())
+    assert bootstrap.problem == ""
+    for states, is_problem in (
+        (["not asked yet"], False),
+        (["unreachable: no answer", "not asked yet"], False),
+        (["unreachable: no answer", "connected: someone"], False),
+        (["unreachable: no answer", "this is our own address"], False),
+        (["unreachable: no answer", "cannot resolve name: no such host"], True),
+    ):
+        bootstrap.states = {str(i): state for i, state in enumerate(states)}
+        assert bool(bootstrap.problem) == is_problem, states
+
+
 def test_a_silent_entry_is_asked_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dht_bootstrap, "MIN_PAUSE_S", 0.001)
     monkeypatch.setattr(dht_bootstrap, "MAX_PAUSE_S", 0.004)

@@ -1,201 +1,136 @@
-"""The gate of the DHT: whatever arrives, the node lives, says nothing to strangers, and believes only whom it asked.
-
-The transport is a list of what was sent, so a test plays the network: it takes a datagram from that list and hands a
-reply, true or crafted, to `datagram_received`.
-"""
+"""A node on a stage: what it answers, whom it believes, and that whatever arrives leaves it alive and silent."""
 
 import asyncio
 import random
-from collections import Counter
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 import pytest
-from kademlia.node import Node
+from dht_swarm import (
+    ELSEWHERE,
+    HERE,
+    NOW_MS,
+    Actor,
+    PrivateSwarm,
+    Stage,
+    is_request,
+    message_id_of,
+    peer,
+    play,
+    public,
+    turn,
+)
 
-from mpd.daemon import dht_protocol
+from mpd.daemon.dht_gate import HEADER_BYTES, MAX_DATAGRAM_BYTES
 from mpd.daemon.dht_messages import (
-    MAX_DATAGRAM_BYTES,
+    MIN_REQUEST_BYTES,
     FindNode,
     FindRecords,
+    Home,
+    Introduce,
+    Introduction,
     Leave,
     Named,
-    Page,
     Ping,
     Store,
     Stored,
-    encode,
-    reply_decoders,
-    request_decoder,
 )
-from mpd.daemon.dht_protocol import GuardedProtocol
-from mpd.daemon.dht_records import RecordStore, WireRecord
 
-ME, YOU, THEM, KEY = b"m" * 20, b"y" * 20, b"t" * 20, b"k" * 20
-HERE, ELSEWHERE = ("192.0.2.1", 4747), ("192.0.2.2", 4747)
-MESSAGE_ID = b"i" * 20
-
-
-class Wire:
-    """A transport that only writes down: (datagram, address) of everything sent."""
-
-    def __init__(self, sockname: tuple[Any, ...] = ("0.0.0.0", 1)) -> None:
-        self.sent: list[tuple[bytes, Any]] = []
-        self.sockname = sockname
-        self.closed = False
-
-    def get_extra_info(self, name: str) -> Any:
-        return self.sockname
-
-    def sendto(self, datagram: bytes, address: Any) -> None:
-        self.sent.append((datagram, address))
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def close(self) -> None:
-        self.closed = True
-
-    def requests(self) -> list[Any]:
-        return [request_decoder.decode(datagram[21:]) for datagram, _ in self.sent if datagram[:1] == b"\x00"]
-
-
-Scene = Callable[[GuardedProtocol, Wire], Awaitable[None]]
-
-
-def play(scene: Scene, sockname: tuple[Any, ...] = ("0.0.0.0", 1)) -> GuardedProtocol:
-    """Run `scene` with a fresh protocol; afterwards nothing may be left of it in the loop."""
-
-    async def run() -> GuardedProtocol:
-        loop = asyncio.get_running_loop()
-        errors: list[Any] = []
-        loop.set_exception_handler(lambda _, context: errors.append(context))
-        changes: list[int] = []
-        protocol = GuardedProtocol(Node(ME), RecordStore(loop.time), 20, Counter(), lambda: changes.append(1))
-        wire = Wire(sockname)
-        protocol.connection_made(wire)
-        await asyncio.wait_for(scene(protocol, wire), 5)
-        await protocol.close()
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-        assert not protocol._outstanding
-        assert not errors
-        return protocol
-
-    return asyncio.run(run())
-
-
-async def turn() -> None:
-    """Let everything that is ready run."""
-    loop = asyncio.get_running_loop()
-    for _ in range(5):
-        turned = loop.create_future()
-        loop.call_soon(turned.set_result, None)
-        await turned
-
-
-def reply_to(wire: Wire, reply: Any, index: int = -1) -> bytes:
-    return b"\x01" + wire.sent[index][0][1:21] + encode(reply)
-
-
-def meet(protocol: GuardedProtocol, wire: Wire, node_id: bytes = YOU, address: tuple[str, int] = HERE) -> Any:
-    """Make `node_id` at `address` a contact: ask who lives there, and let it answer."""
-    protocol.ping(address)
-    protocol.datagram_received(reply_to(wire, Named(node_id, [])), address)
-    return protocol.router.contacts[node_id]
-
-
-def ask(protocol: GuardedProtocol, request: Any, address: tuple[str, int] = HERE) -> None:
-    protocol.datagram_received(b"\x00" + MESSAGE_ID + encode(request), address)
+KEY = b"k" * 20
+YOU, THEM = 1, 2
 
 
 # what arrives
 
 
-def junk() -> list[bytes]:
-    good = b"\x00" + MESSAGE_ID + encode(Store(YOU, KEY, WireRecord(YOU, 1, 1000, b"v")))
-    deep = b"\x91" * 1300 + b"\x90"
-    return [
-        b"",
-        b"\x00",
-        bytes(21),
-        bytes(22),
-        bytes(24),
-        b"\x00" + MESSAGE_ID + b"\xc1",
-        b"\x00" + MESSAGE_ID + b"\xc1\xc1\xc1",
-        b"\x01" + MESSAGE_ID + b"\xc1",
-        b"\x02" + MESSAGE_ID + encode(Ping(YOU)),
-        b"\x00" + MESSAGE_ID + deep,
-        b"\x00" + MESSAGE_ID + encode(["ping", YOU]) + b"tail",
-        b"\x00" + MESSAGE_ID + encode(["ping", [YOU]]),
-        b"\x00" + MESSAGE_ID + encode(["stun", []]),
-        b"\x00" + MESSAGE_ID + encode(["_timeout", MESSAGE_ID]),
-        b"\x00" + MESSAGE_ID + encode(["find_node", b"short", KEY]),
-        good + bytes(MAX_DATAGRAM_BYTES),
-        good[:-1],
+def sealed_junk(you: Actor, me: bytes) -> list[bytes]:
+    deep = b"\x91" * 1100 + b"\x90"
+    bodies = [
+        b"\xc1",
+        b"\xc1\xc1\xc1",
+        deep,
+        msgspec.msgpack.encode(["ping", you.id]) + b"tail",
+        msgspec.msgpack.encode(["ping", [you.id]]),
+        msgspec.msgpack.encode(["stun", []]),
+        msgspec.msgpack.encode(["_timeout", bytes(20)]),
+        msgspec.msgpack.encode(["find_node", b"short", me, KEY]),
+        msgspec.msgpack.encode(["store", you.id, me, KEY, 0, {}]),
     ]
+    return [you._gate.seal(kind, bytes(20), body) for body in bodies for kind in (0, 1)]
 
 
 def test_junk_is_counted_and_gets_no_answer() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        for datagram in junk():
-            protocol.datagram_received(datagram, HERE)
+    async def scene(stage: Stage) -> None:
+        you = stage.actor(YOU)
+        junk = sealed_junk(you, stage.me.id)
+        for datagram in (*junk, b"", b"\x00", bytes(21), bytes(45), bytes(60), bytes(2000)):
+            stage.hear(datagram)
         await turn()
-        assert wire.sent == []
-        assert protocol.refused.total() == len(junk())
-        ask(protocol, Ping(YOU))
+        assert stage.wire.sent == []
+        assert stage.refused["request"] == stage.refused["reply to no question"] == len(junk) / 2
+        assert stage.refused.total() == len(junk) + 6
+        stage.hear(you.ping())
         await turn()
-        assert len(wire.sent) == 2, "an honest ping is answered, and its sender checked"
-
-    play(scene)
-
-
-def test_random_mutations_never_raise_and_never_store_anything_invalid() -> None:
-    rng = random.Random(5)
-    originals = [
-        b"\x00" + MESSAGE_ID + encode(request)
-        for request in (
-            Ping(YOU),
-            FindNode(YOU, KEY),
-            FindRecords(YOU, KEY, b""),
-            Store(YOU, KEY, WireRecord(YOU, 1, 1000, b"value")),
-            Leave(YOU),
-        )
-    ]
-
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        for _ in range(5000):
-            datagram = bytearray(rng.choice(originals))
-            for _ in range(rng.randint(1, 4)):
-                datagram[rng.randrange(len(datagram))] = rng.randrange(256)
-            protocol.datagram_received(bytes(datagram[: rng.randint(1, len(datagram))]), HERE)
-        await turn()
-        assert protocol.refused.total() > 1000
-        assert not protocol.router.contacts
-        assert all(len(datagram) <= MAX_DATAGRAM_BYTES for datagram, _ in wire.sent)
+        assert len(stage.wire.sent) == 2, "an honest ping is answered, and its sender asked"
 
     play(scene)
 
 
 def test_every_request_has_its_reply() -> None:
-    record = WireRecord(YOU, 1, 60_000, b"v")
+    async def scene(stage: Stage) -> None:
+        you, them = stage.actor(YOU), stage.actor(THEM)
+        stage.meet(them, ELSEWHERE)
+        stage.meet(you)
+        me, near = stage.me.id, [(them.id, *ELSEWHERE)]
+        record = you.record(KEY)
+        expected: list[tuple[Any, Any]] = [
+            (FindNode(you.id, me, KEY), Named(me, near)),
+            (Store(you.id, me, KEY, 0, record), Stored(me, near, True, True)),
+            (Store(you.id, me, KEY, 0, you.record(KEY, seq=0)), Stored(me, near, False, True)),
+            (Store(you.id, me, b"x" * 20, 1, record), Stored(me, near, False, True)),
+            (Introduce(you.id, me, public(7)), Introduction(me, [])),
+        ]
+        for request, reply in expected:
+            asked = you.ask(request)
+            stage.hear(asked)
+            assert stage.last_reply(type(request)) == reply
+            assert message_id_of(stage.last()) == message_id_of(asked)
+            assert stage.wire.sent[-1][1] == HERE
+        stage.hear(you.ask(FindRecords(you.id, me, KEY, 1, b"")))
+        page = stage.last_reply(FindRecords)
+        assert (page.nodes, page.records, page.more) == (near, [record], 0)
+        stage.hear(you.ask(FindRecords(you.id, me, KEY, 0, record.public_key)))
+        assert (stage.last_reply(FindRecords).records, stage.last_reply(FindRecords).nodes) == ([], [])
+        asked = you.ping(me)
+        stage.hear(asked)
+        home = stage.last_reply(Ping)
+        assert (home.sender, home.public_key, home.seen_host, home.seen_port) == (me, public(0), *HERE)
+        assert you.proofs.is_home(public(0), message_id_of(asked), HERE, home.signature)
 
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        meet(protocol, wire, THEM, ELSEWHERE)
-        meet(protocol, wire)
-        expected = {
-            Ping(YOU): Named(ME, []),
-            FindNode(YOU, KEY): Named(ME, [(THEM, *ELSEWHERE)]),
-            Store(YOU, KEY, record): Stored(ME, [(THEM, *ELSEWHERE)], True),
-            Store(YOU, KEY, WireRecord(YOU, 0, 60_000, b"v")): Stored(ME, [(THEM, *ELSEWHERE)], False),
-        }
-        for request, reply in expected.items():
-            ask(protocol, request)
-            assert wire.sent[-1] == (b"\x01" + MESSAGE_ID + encode(reply), HERE)
-        ask(protocol, FindRecords(YOU, KEY, b""))
-        page = reply_decoders[FindRecords].decode(wire.sent[-1][0][21:])
-        assert isinstance(page, Page)
-        assert [(held.publisher, held.value) for held in page.records] == [(YOU, b"v")]
+    play(scene)
+
+
+def test_what_is_meant_for_another_node_is_not_answered() -> None:
+    async def scene(stage: Stage) -> None:
+        you = stage.actor(YOU)
+        stage.hear(you.ask(FindNode(you.id, peer(9), KEY)))
+        stage.hear(you.ping(to=peer(9)))
+        await turn()
+        assert stage.wire.sent == []
+        assert stage.refused == {"for another node": 2}
+
+    play(scene)
+
+
+def test_a_short_request_is_not_answered() -> None:
+    async def scene(stage: Stage) -> None:
+        you = stage.actor(YOU)
+        body = msgspec.msgpack.encode(FindNode(you.id, stage.me.id, KEY, bytes(450)))
+        assert HEADER_BYTES + len(body) < MIN_REQUEST_BYTES
+        stage.hear(you._gate.seal(0, bytes(20), body))
+        await turn()
+        assert stage.wire.sent == []
+        assert stage.refused == {"short request": 1}
 
     play(scene)
 
@@ -209,225 +144,305 @@ HOSTILE: list[object] = [
     {},
     {"value": b"v"},
     [],
-    [YOU],
+    [peer(YOU)],
     [b"short", []],
-    [YOU, [[THEM]]],
-    [YOU, [[THEM, "192.0.2.9", 0]]],
-    [YOU, [[THEM + b"long", "192.0.2.9", 1]]],
-    [YOU, [[{"un": "hashable"}, [], {}]]],
-    [YOU, [[THEM, "192.0.2.9", 1]] * 1000],
+    [peer(YOU), [[peer(THEM)]]],
+    [peer(YOU), [[peer(THEM), "192.0.2.9", 0]]],
+    [peer(YOU), [[peer(THEM) + b"long", "192.0.2.9", 1]]],
+    [peer(YOU), [[{"un": "hashable"}, [], {}]]],
+    [peer(YOU), [[peer(THEM), "192.0.2.9", 1]] * 20],
 ]
 
 
 @pytest.mark.parametrize("reply", HOSTILE)
 def test_a_hostile_reply_is_no_reply(reply: object) -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        contact = meet(protocol, wire)
-        answer = protocol.call_find_node(contact, Node(KEY))
-        datagram = reply_to(wire, reply)
-        protocol.datagram_received(datagram[:MAX_DATAGRAM_BYTES], HERE)
+    async def scene(stage: Stage) -> None:
+        you = stage.actor(YOU)
+        contact = stage.meet(you)
+        answer = stage.protocol.call_find_node(contact, contact)
+        stage.hear(you.reply(stage.last(), reply))
         assert await answer is None
-        assert protocol.refused["reply"] == 1
-
-    play(scene)
-
-
-def test_a_reply_counts_only_from_the_address_that_was_asked() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        answer = protocol.ping(HERE)
-        reply = reply_to(wire, Named(YOU, []))
-        protocol.datagram_received(reply, ELSEWHERE)
-        assert not answer.done()
-        protocol.datagram_received(reply, HERE)
-        assert await answer == Named(YOU, [])
-        protocol.datagram_received(reply, HERE)
-        assert protocol.refused == {"reply from elsewhere": 1, "reply to no question": 1}
+        assert stage.refused["reply"] == 1
 
     play(scene)
 
 
 def test_a_contact_whose_address_another_node_took_over_is_forgotten() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        answer = protocol.call_ping(meet(protocol, wire))
-        protocol.datagram_received(reply_to(wire, Named(THEM, [])), HERE)
+    async def scene(stage: Stage) -> None:
+        contact = stage.meet(stage.actor(YOU))
+        answer = stage.protocol.call_find_node(contact, contact)
+        stage.hear(stage.actor(THEM).reply(stage.last(), Named(peer(THEM), [])))
         assert await answer is None
-        assert not protocol.router.contacts
+        assert not stage.contacts
+        assert not stage.protocol.has_proved(contact)
 
     play(scene)
 
 
-def test_a_stranger_is_a_contact_once_it_has_answered() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        for _ in range(3):
-            ask(protocol, FindNode(YOU, KEY))
-            await turn()
-        assert not protocol.router.contacts
-        assert [request for request in wire.requests() if isinstance(request, Ping)] == [Ping(ME)]
-        index = next(i for i, (datagram, _) in enumerate(wire.sent) if datagram[:1] == b"\x00")
-        protocol.datagram_received(reply_to(wire, Named(YOU, []), index), HERE)
-        assert set(protocol.router.contacts) == {YOU}
+def forgeries(stage: Stage, asked: bytes) -> dict[str, Home]:
+    """Return answers to `asked` with which somebody says he is peer `YOU`, and is not."""
+    you, them = stage.actor(YOU), stage.actor(THEM)
+    true, theirs = you.home(asked, stage.OURS), them.home(asked, stage.OURS)
+    replace = msgspec.structs.replace
+    earlier = Actor(you.trust, stage.wall).ping(stage.me.id)
+    return {
+        "their key": replace(theirs, sender=you.id),
+        "their signature": replace(true, signature=theirs.signature),
+        "no signature": replace(true, signature=bytes(64)),
+        "another question": you.home(earlier, stage.OURS),
+        "another address": replace(true, seen_port=1),
+        "passed on": you.home(asked, HERE),
+        "no text for a host": replace(true, seen_host="☃" * 40),
+    }
+
+
+@pytest.mark.parametrize(
+    "forgery",
+    [
+        "their key",
+        "their signature",
+        "no signature",
+        "another question",
+        "another address",
+        "passed on",
+        "no text for a host",
+    ],
+)
+def test_nobody_passes_for_somebody_else(forgery: str) -> None:
+    async def scene(stage: Stage) -> None:
+        answer = stage.protocol.ping(HERE)
+        asked = stage.last()
+        stage.hear(stage.actor(THEM).reply(asked, forgeries(stage, asked)[forgery]))
+        assert await answer is None
+        assert stage.refused == {"proof": 1}
+        assert not stage.contacts
 
     play(scene)
 
 
-def test_many_strangers_are_not_all_checked_at_once() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        for i in range(1000):
-            ask(protocol, Ping(i.to_bytes(20, "big")))
+def test_on_loopback_we_know_where_our_questions_come_from() -> None:
+    async def scene(stage: Stage) -> None:
+        you = stage.actor(YOU)
+        for seen in (("127.0.0.1", 5), ("127.0.0.1", 4)):
+            answer = stage.protocol.ping(("127.0.0.1", 9))
+            asked = stage.last()
+            stage.hear(you.reply(asked, you.home(asked, seen)), ("127.0.0.1", 9))
+            assert (await answer is not None) == (seen[1] == 4)
+
+    play(scene, sockname=("127.0.0.1", 4))
+
+
+def test_only_a_node_that_has_proved_its_key_is_asked_for_anything() -> None:
+    async def scene(stage: Stage) -> None:
+        you = stage.actor(YOU)
+        node = type(stage.protocol.source_node)(you.id, *HERE)
+        answers = [stage.protocol.call_find_node(node, node) for _ in range(3)]
+        assert [type(each) for each in stage.wire.requests()] == [Ping], "one question for three"
+        stage.prove(you)
         await turn()
-        assert len(wire.requests()) == dht_protocol.MAX_CHECKS
+        assert [type(each) for each in stage.wire.requests()] == [Ping, FindNode, FindNode, FindNode]
+        for datagram, _ in list(stage.wire.sent[1:]):
+            stage.hear(you.reply(datagram, Named(you.id, [])))
+        assert await asyncio.gather(*answers) == [Named(you.id, [])] * 3
 
     play(scene)
 
 
-def test_we_are_not_our_own_contact() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        answer = protocol.ping(HERE)
-        protocol.datagram_received(reply_to(wire, Named(ME, [])), HERE)
-        ask(protocol, Ping(ME))
+def test_a_liar_that_is_asked_for_its_proof_is_asked_for_nothing_else() -> None:
+    async def scene(stage: Stage) -> None:
+        node = type(stage.protocol.source_node)(peer(YOU), *HERE)
+        answer = stage.protocol.call_find_node(node, node)
+        stage.prove(stage.actor(THEM))
+        assert await answer is None
+        assert stage.refused == {"reply by another node": 1}
+        assert len(stage.wire.sent) == 1
+
+    play(scene)
+
+
+# a private swarm
+
+
+def private(number: int, stage: Stage, swarm: PrivateSwarm) -> Actor:
+    return Actor(swarm.member(number), stage.wall)
+
+
+def test_who_is_no_member_is_no_contact_and_gets_no_answer() -> None:
+    swarm = PrivateSwarm()
+
+    async def scene(stage: Stage) -> None:
+        stranger = Actor(swarm.stranger(YOU), stage.wall)
+        stage.hear(stranger.ping())
+        stage.hear(stage.actor(YOU).ping())
         await turn()
-        assert (await answer).sender == ME
-        assert not protocol.router.contacts
+        assert stage.wire.sent == []
+        assert stage.refused == {"no member": 1, "mac": 1}
+        assert stage.meet(stranger) is None
+        assert stage.refused["proof"] == 1
+        assert stage.meet(private(THEM, stage, swarm), ELSEWHERE) is not None
 
-    play(scene)
-
-
-# who lives
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dht_protocol, "REQUEST_TIMEOUT_S", 0.06)
-    monkeypatch.setattr(dht_protocol, "MIN_PATIENCE_S", 0.02)
+    play(scene, trust=swarm.member(0))
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_lost_request_is_sent_again_and_then_given_up() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        assert await protocol.ping(HERE) is None
-        assert len(wire.sent) == 2
-        assert wire.sent[0] == wire.sent[1]
+def test_a_publisher_introduces_itself_before_anything_is_held_for_it() -> None:
+    swarm = PrivateSwarm()
 
-    play(scene)
+    async def scene(stage: Stage) -> None:
+        you = private(YOU, stage, swarm)
+        store = Store(you.id, stage.me.id, KEY, 0, you.record(KEY))
+        stage.hear(you.ask(store))
+        assert stage.last_reply(Store) == Stored(stage.me.id, [], False, False)
+        stage.hear(you.ping(stage.me.id))
+        stage.hear(you.ask(store))
+        answers = [each for each, _ in stage.wire.sent if not is_request(each)]
+        assert msgspec.msgpack.decode(answers[-1][HEADER_BYTES:])[2:] == [True, True]
+        stage.hear(you.ask(Introduce(you.id, stage.me.id, you.trust.public_key)))
+        assert stage.last_reply(Introduce) == Introduction(stage.me.id, list(you.trust.chain()))
+
+    play(scene, trust=swarm.member(0))
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_contact_leaves_after_two_failures_in_a_row() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        contact = meet(protocol, wire)
-        burst = [protocol.call_ping(contact) for _ in range(3)]
-        await asyncio.wait(burst)
-        assert set(protocol.router.contacts) == {YOU}, "requests of one burst are one failure"
+def test_we_introduce_ourselves_to_a_holder_that_does_not_know_us() -> None:
+    swarm = PrivateSwarm()
+
+    async def scene(stage: Stage) -> None:
+        you = private(YOU, stage, swarm)
+        contact = stage.meet(you)
+        answer = stage.protocol.call_store(contact, KEY, 0, stage.me.record(KEY))
+        stage.hear(you.reply(stage.last(), Stored(you.id, [], False, False)))
         await turn()
-        ask(protocol, Ping(YOU))
-        protocol.datagram_received(reply_to(wire, Named(YOU, []), -2), HERE)
-        assert await protocol.call_ping(contact) is None
-        assert set(protocol.router.contacts) == {YOU}, "it had answered in between"
-        assert not protocol.shuns(YOU)
-        while protocol.router.contacts:
-            await protocol.ping(ELSEWHERE)
-        assert protocol.shuns(YOU)
-
-    play(scene)
-
-
-@pytest.mark.usefixtures("quick")
-def test_cancelled_questions_disturb_nobody() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        answered, unanswered = protocol.ping(HERE), protocol.ping(HERE)
-        answered.cancel()
-        unanswered.cancel()
-        protocol.datagram_received(reply_to(wire, Named(YOU, []), 0), HERE)
-        await protocol.ping(ELSEWHERE)
-        assert not protocol._outstanding
-        assert set(protocol.router.contacts) == {YOU}
-
-    play(scene)
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_known_id_moves_when_its_old_address_is_silent() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        meet(protocol, wire)
-        ask(protocol, Ping(YOU), ELSEWHERE)
-        while (to := wire.sent[-1])[1] != ELSEWHERE or to[0][:1] != b"\x00":
-            await protocol.ping(("192.0.2.3", 1))
-            await turn()
-        protocol.datagram_received(reply_to(wire, Named(YOU, [])), ELSEWHERE)
-        assert protocol.router.contacts[YOU].ip == ELSEWHERE[0]
-
-    play(scene)
-
-
-def test_a_known_id_stays_while_its_old_address_answers() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        meet(protocol, wire)
-        ask(protocol, Ping(YOU), ELSEWHERE)
+        assert [type(each) for each in stage.wire.requests()] == [Ping, Store, Ping]
+        stage.prove(you)
         await turn()
-        protocol.datagram_received(reply_to(wire, Named(YOU, [])), HERE)
+        stage.hear(you.reply(stage.last(), Stored(you.id, [], True, True)))
+        assert (await answer).held
+
+    play(scene, trust=swarm.member(0))
+
+
+def test_the_revoked_are_forgotten_and_not_answered() -> None:
+    swarm = PrivateSwarm()
+
+    async def scene(stage: Stage) -> None:
+        you, them = private(YOU, stage, swarm), private(THEM, stage, swarm)
+        stage.meet(you)
+        stage.meet(them, ELSEWHERE)
+        stage.hear(you.ask(Store(you.id, stage.me.id, KEY, 0, you.record(KEY))))
+        assert stage.store.records(KEY)
+        swarm.revoked.add(you.id)
+        stage.protocol.drop_revoked()
+        assert stage.contacts == {them.id}
+        assert stage.store.records(KEY) == []
+        n_sent = len(stage.wire.sent)
+        stage.hear(you.ping())
+        stage.hear(you.ask(FindNode(you.id, stage.me.id, KEY)))
         await turn()
-        assert protocol.router.contacts[YOU].ip == HERE[0]
+        assert len(stage.wire.sent) == n_sent
+        assert stage.refused["revoked"] == 2
+        stage.hear(them.ask(Store(them.id, stage.me.id, KEY, 0, you.record(KEY, seq=2, life_s=90))), ELSEWHERE)
+        assert not stage.last_reply(Store).held
+        assert stage.meet(you) is None
 
-    play(scene)
-
-
-def test_a_goodbye_counts_only_from_the_contact_itself() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        meet(protocol, wire)
-        ask(protocol, Leave(YOU), ELSEWHERE)
-        assert set(protocol.router.contacts) == {YOU}
-        ask(protocol, Leave(YOU))
-        assert not protocol.router.contacts
-        assert len(wire.sent) == 1, "a goodbye has no reply"
-
-    play(scene)
+    play(scene, trust=swarm.member(0))
 
 
-def test_closing_says_goodbye_and_frees_who_waits() -> None:
+# the socket
+
+
+def test_closing_says_a_signed_goodbye_and_frees_who_waits() -> None:
     waiting: list[asyncio.Future[Any]] = []
-    wires: list[Wire] = []
 
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        meet(protocol, wire)
-        waiting.append(protocol.ping(ELSEWHERE))
-        wires.append(wire)
+    async def scene(stage: Stage) -> None:
+        stage.meet(stage.actor(YOU))
+        waiting.append(stage.protocol.ping(ELSEWHERE))
+
+    stage = play(scene)
+    goodbye = stage.wire.requests()[-1]
+    assert isinstance(goodbye, Leave)
+    assert (goodbye.sender, goodbye.at_ms) == (stage.me.id, NOW_MS)
+    assert stage.actor(YOU).proofs.is_goodbye(public(0), NOW_MS, goodbye.signature)
+    assert waiting[0].cancelled()
+    stage.protocol._send(b"late", HERE)
+    assert stage.wire.sent[-1][0] != b"late"
+
+
+def test_an_old_goodbye_says_nothing() -> None:
+    async def scene(stage: Stage) -> None:
+        you = stage.actor(YOU)
+        stage.meet(you)
+        old = msgspec.msgpack.decode(you.leave()[HEADER_BYTES:])
+        stage.wall.now += 40_000
+        stage.hear(you.ask(old))
+        assert stage.contacts == {you.id}
+        assert stage.refused == {"proof": 1}
 
     play(scene)
-    assert wires[0].requests()[-1] == Leave(ME)
-    assert waiting[0].cancelled()
 
 
 def test_a_v6_socket_reaches_v4_nodes_and_names_them_as_such() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        protocol.ping(HERE)
-        assert wire.sent[-1][1] == ("::ffff:192.0.2.1", 4747)
-        protocol.datagram_received(reply_to(wire, Named(YOU, [])), ("::ffff:192.0.2.1", 4747, 0, 0))
-        assert protocol.router.contacts[YOU].ip == "192.0.2.1"
+    async def scene(stage: Stage) -> None:
+        you = stage.actor(YOU)
+        stage.protocol.ping(HERE)
+        assert stage.wire.sent[-1][1] == ("::ffff:192.0.2.1", 4747)
+        asked = stage.last()
+        stage.protocol.datagram_received(
+            you.reply(asked, you.home(asked, stage.OURS)), ("::ffff:192.0.2.1", 4747, 0, 0)
+        )
+        assert stage.protocol.router.contacts[you.id].ip == "192.0.2.1"
+        stage.protocol.datagram_received(you.ping(), ("fe80::1%eth0", 4747, 0, 2))
+        assert stage.last_reply(Ping).seen_host == "fe80::1%eth0"
 
     play(scene, sockname=("::", 4747, 0, 0))
 
 
 def test_a_misspelt_method_is_no_remote_call() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
+    async def scene(stage: Stage) -> None:
         with pytest.raises(AttributeError):
-            protocol.pnig(HERE)
+            stage.protocol.pnig(HERE)
 
     play(scene)
 
 
 def test_a_socket_error_is_counted() -> None:
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        protocol.error_received(OSError("network is unreachable"))
-        assert protocol.refused == {"not sent": 1}
+    async def scene(stage: Stage) -> None:
+        stage.protocol.error_received(OSError("network is unreachable"))
+        assert stage.refused == {"not sent": 1}
 
     play(scene)
 
 
-def test_the_stock_wire_format_is_refused_not_misread() -> None:
-    stock_ping = b"\x00" + MESSAGE_ID + msgspec.msgpack.encode(["ping", [YOU]])
+def test_what_would_be_too_long_is_not_sent() -> None:
+    async def scene(stage: Stage) -> None:
+        stage.protocol._send(bytes(MAX_DATAGRAM_BYTES + 1), HERE)
+        assert stage.wire.sent == []
+        assert stage.refused == {"too long to send": 1}
 
-    async def scene(protocol: GuardedProtocol, wire: Wire) -> None:
-        protocol.datagram_received(stock_ping, HERE)
-        assert protocol.refused == {"request": 1}
+    play(scene)
+
+
+def test_mutated_requests_never_raise_and_never_store_anything_forged() -> None:
+    rng = random.Random(5)
+
+    async def scene(stage: Stage) -> None:
+        you, me = stage.actor(YOU), stage.me.id
+        requests = [
+            Ping(you.id, b"", public(YOU), []),
+            FindNode(you.id, me, KEY),
+            FindRecords(you.id, me, KEY, 0, b""),
+            Store(you.id, me, KEY, 0, you.record(KEY, value=b"value")),
+            Introduce(you.id, me, public(YOU)),
+        ]
+        originals = [you.ask(request)[HEADER_BYTES:] for request in requests]
+        for _ in range(3000):
+            body = bytearray(rng.choice(originals))
+            for _ in range(rng.randint(1, 4)):
+                body[rng.randrange(min(len(body), 200))] = rng.randrange(256)
+            stage.hear(you._gate.seal(0, rng.randbytes(20), bytes(body)))
+            stage.steady.now += 0.01
+        await turn()
+        assert stage.refused.total() > 1000
+        assert not stage.contacts
+        assert all(record == you.record(KEY, value=b"value") for record in stage.store.records(KEY))
+        assert all(len(datagram) <= MAX_DATAGRAM_BYTES for datagram, _ in stage.wire.sent)
 
     play(scene)

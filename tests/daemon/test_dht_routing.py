@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kademlia.node import Node
 
-from mpd.daemon.dht_routing import MAX_ASKED, ContactTable, Crawl, is_address
+from mpd.daemon.dht_limits import Neighbourhood
+from mpd.daemon.dht_routing import MAX_ASKED, MAX_STRANGERS, ContactTable, Crawl, Strangers
 
 ids = st.binary(min_size=20, max_size=20)
 
@@ -72,24 +73,20 @@ def test_a_removed_contact_makes_room_for_one_that_waits() -> None:
     assert all(table.knows(bytes([i]) * 20) for i in waiting)
     table.remove_contact(node(next(iter(table.contacts))))
     assert len(table.contacts) == 3
+    assert len(list(table.everyone())) == 4
+
+
+def test_addresses_are_indexed() -> None:
+    table = table_of(bytes(20), [b"a" * 20])
+    assert table.homes == {("127.0.0.1", 4747): b"a" * 20}
+    table.remove_contact(node(b"a" * 20))
+    assert table.homes == {}
 
 
 def test_an_excluded_node_is_not_named() -> None:
     others = node_ids(5)
     table = table_of(bytes(20), others)
     assert others[2] not in {near.id for near in table.find_neighbors(Node(others[0]), exclude=Node(others[2]))}
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.7", "::1", "2001:db8::7"])
-def test_addresses(host: str) -> None:
-    assert is_address(host)
-
-
-@pytest.mark.parametrize(
-    "host", ["", "localhost", "0.0.0.0", "::", "224.0.0.1", "ff02::1", "fe80::1%eth0", "1.2.3.4.5"]
-)
-def test_what_is_no_address_of_one_machine(host: str) -> None:
-    assert not is_address(host)
 
 
 # the crawl
@@ -119,9 +116,16 @@ class Map:
 
 
 def protocol_of(own: Any, contacts: list[bytes], patience_s: float, shunned: tuple[bytes, ...] = ()) -> Any:
-    """Return what a crawl needs of a protocol."""
+    """Return what a crawl needs of a protocol. Only contacts have proved who they are."""
     table = table_of(own.id, contacts)
-    return SimpleNamespace(router=table, source_node=own, patience_s=patience_s, shuns=shunned.__contains__)
+    return SimpleNamespace(
+        router=table,
+        source_node=own,
+        patience_s=patience_s,
+        shuns=shunned.__contains__,
+        has_proved=lambda each: each.id in table.contacts,
+        neighbourhood=Neighbourhood(True, ["127.0.0.1"]),
+    )
 
 
 def crawl(world: Map, start: list[bytes], target: bytes, ksize: int = 5, patience_s: float = 0.02) -> set[bytes]:
@@ -194,6 +198,52 @@ def test_a_list_of_victims_is_not_worked_off() -> None:
     world = Map({victims[0]: victims})
     crawl(world, victims[:1], bytes(20))
     assert len(world.asked) <= MAX_ASKED
+
+
+def test_crawls_of_one_lookup_share_their_strangers() -> None:
+    async def run() -> int:
+        own, liars = node(b"\x55" * 20), node_ids(3)
+        world = Map(dict.fromkeys(liars, node_ids(500, seed=7)), refuses=set(node_ids(500, seed=7)))
+        protocol = protocol_of(own, liars, 1)
+        strangers = Strangers(protocol.neighbourhood)
+        targets = (bytes(20), b"\xff" * 20, b"\x77" * 20)
+        await asyncio.gather(*(Crawl(protocol, Node(target), 5, 5, world.ask, strangers).find() for target in targets))
+        return len(set(world.asked) - set(liars))
+
+    assert asyncio.run(run()) == MAX_STRANGERS
+
+
+def test_when_strangers_are_used_up_contacts_are_still_asked() -> None:
+    target = bytes(20)
+    everyone = sorted(node_ids(600), key=_distance(target))
+    victims, contacts = everyone[:500], everyone[500:]
+    world = Map(dict.fromkeys(contacts, victims), refuses=set(victims))
+    assert set(contacts[:5]) <= crawl(world, contacts[:20], target)
+
+
+def test_a_lookup_meets_few_strangers_of_one_network() -> None:
+    strangers = Strangers(Neighbourhood(True))
+    assert [strangers.take(f"192.0.2.{i}") for i in range(5)] == [True] * 3 + [False] * 2
+    assert strangers.take("198.51.100.1")
+    members = Strangers(Neighbourhood(False))
+    assert [members.take("192.0.2.1") for _ in range(MAX_STRANGERS + 1)] == [True] * MAX_STRANGERS + [False]
+
+
+def test_a_contact_is_asked_at_home_wherever_it_is_said_to_live() -> None:
+    async def run() -> list[str]:
+        own, others = node(b"\x55" * 20), node_ids(40)
+        asked: list[str] = []
+
+        def ask(whom: Any) -> "asyncio.Future[Any]":
+            asked.append(whom.ip)
+            answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            answer.set_result(SimpleNamespace(nodes=[(other, "127.6.6.6", 1) for other in others]))
+            return answer
+
+        await Crawl(protocol_of(own, others, 1), Node(bytes(20)), 5, 5, ask).find()
+        return asked
+
+    assert set(asyncio.run(run())) == {"127.0.0.1"}
 
 
 def test_nodes_without_a_usable_address_and_ourselves_are_ignored() -> None:

@@ -3,9 +3,12 @@
 import mmap
 import os
 import struct
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
 from mpd.control import OUT_HEADER_BYTES
 from mpd.daemon import memory
@@ -13,6 +16,7 @@ from mpd.daemon.memory import OutRegion, Region, private
 from mpd.errors import LocalError
 
 N_BYTES = 3 * mmap.PAGESIZE + 100
+MIB = 1 << 20
 KINDS = [Region, OutRegion]
 
 
@@ -98,8 +102,9 @@ def test_closing_twice_gives_descriptor_and_memory_back_once(kind: type[Region])
     assert Path("/proc/self/maps").read_text().count("memfd:mpd") == maps
 
 
-def test_a_reader_survives_the_end_of_its_region() -> None:
-    region = Region(N_BYTES)
+@pytest.mark.parametrize("n_bytes", [N_BYTES, 8 * MIB])
+def test_a_reader_survives_the_end_of_its_region(n_bytes: int) -> None:
+    region = Region(n_bytes)
     view, part = region.view, region.view[10:20]
     region.close()
     view[10] = 4
@@ -115,35 +120,110 @@ def test_regions_have_no_name() -> None:
         region.close()
 
 
-@pytest.mark.parametrize("make", [Region, OutRegion, private])
-def test_more_than_the_machine_has_is_refused_with_both_sizes(make: type[Region]) -> None:
+@pytest.mark.parametrize("make", [Region.make, OutRegion.make, private])
+async def test_more_than_the_machine_has_is_refused_with_both_sizes(make: Callable[[int], Awaitable[object]]) -> None:
     with pytest.raises(LocalError, match=r"1048576\.\d MiB of memory are needed .* MiB are available: average fewer"):
-        make(1 << 40)
+        await make(1 << 40)
 
 
-def test_a_failing_system_call_is_refused_and_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(fd: int, offset: int, length: int) -> None:
+@pytest.mark.parametrize("call", ["memfd_create", "ftruncate", "posix_fallocate"])
+async def test_a_failing_system_call_is_refused_and_leaves_no_descriptor(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     before = os.listdir("/proc/self/fd")
-    monkeypatch.setattr(os, "posix_fallocate", fail)
-    with pytest.raises(LocalError, match=r"1\.0 MiB of shared memory could not be set up: No space left on device"):
-        Region(1 << 20)
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(LocalError, match=r"1\.0 MiB of memory could not be set up: No space left on device"):
+        await Region.make(1 << 20)
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_private_memory_is_zeroed_touched_and_shared_with_nobody() -> None:
+@pytest.mark.parametrize("n_bytes", [N_BYTES, 5 * MIB + 100], ids=["at once", "in slices"])
+async def test_a_region_that_is_made_has_all_its_pages(n_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_SLICE_BYTES", 2 * MIB)
+    for kind in KINDS:
+        region = await kind.make(n_bytes)
+        size = os.fstat(region.fd).st_size
+        assert os.fstat(region.fd).st_blocks * 512 == -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        assert _mapped_kib(region) == (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE // 1024
+        assert not any(region.view)
+        region.close()
+
+
+async def test_memory_that_is_no_longer_wanted_is_given_up_after_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_SLICE_BYTES", 2 * MIB)
+    slices: list[int] = []
+    fill, before = memory._fill_slice, set(os.listdir("/proc/self/fd"))
+
+    def watched(values: Any, begin: int, *more: Any) -> None:
+        slices.append(begin)
+        fill(values, begin, *more)
+        trio.from_thread.run_sync(scope.cancel)
+
+    monkeypatch.setattr(memory, "_fill_slice", watched)
+    with trio.CancelScope() as scope:
+        await Region.make(100 * MIB)
+    assert scope.cancelled_caught
+    assert slices == [0]
+    with trio.fail_after(5):
+        while set(os.listdir("/proc/self/fd")) - before:  # a thread gives the pages back
+            await trio.lowlevel.checkpoint()
+
+
+async def test_memory_that_runs_out_on_the_way_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Someone else took it after we had looked."""
+    before = os.listdir("/proc/self/fd")
+    left = iter([1 << 40, 1 << 40, 0])
+    monkeypatch.setattr(memory, "_SLICE_BYTES", MIB // 2)
+    monkeypatch.setattr(memory, "_available_bytes", lambda: next(left))
+    with pytest.raises(LocalError, match=r"0\.5 MiB of memory are needed for these tensors, 0\.0 MiB are available"):
+        await Region.make(MIB)
+    assert os.listdir("/proc/self/fd") == before
+
+
+async def test_a_loop_goes_on_while_memory_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills a slice lets go of the interpreter, and the event loop has its turns meanwhile."""
+    turns, done = 0, trio.Event()
+
+    async def make() -> None:
+        for make_one in (Region.make, OutRegion.make, private):
+            await make_one(64 * MIB)
+        done.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(make)
+        while not done.is_set():
+            await trio.lowlevel.checkpoint()
+            turns += 1
+    assert turns > 100
+
+
+async def test_private_memory_is_zeroed_touched_and_shared_with_nobody() -> None:
     n_bytes = 8 << 20
     before = _resident_bytes()
-    kept = private(n_bytes)
+    kept = await private(n_bytes)
     assert _resident_bytes() - before > n_bytes // 2
     assert not any(kept)
+    _write_in_a_child(kept)
+    assert kept[0] == 0
+
+
+def _write_in_a_child(memory: memoryview) -> None:
     child = os.fork()
     if child == 0:
-        kept[0] = 1
+        memory[0] = 1
         os._exit(0)
     os.waitpid(child, 0)
-    assert kept[0] == 0
+
+
+def _mapped_kib(region: Region) -> int:
+    """Return how much of `region` our page tables hold."""
+    inode = str(os.fstat(region.fd).st_ino)
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if "memfd:mpd" in line and line.split()[4] == inode)
+    return int(next(line for line in lines[start:] if line.startswith("Rss:")).split()[1])
 
 
 def _resident_bytes() -> int:

@@ -1,23 +1,36 @@
 """Dialling, accepting, and at most one link per peer, between real `Peers` on the loopback.
 
-Strategy: whoever behaves is a `Peers` of its own, in the same trio run; whoever does not is a few bytes on a socket.
-Tests that wait for a timeout run on a clock that jumps once all sockets are quiet.
+Strategy: whoever behaves is a `Peers` of its own, in the same trio run; whoever does not is a few bytes on a socket, or
+a member that says what the test tells it to. Certificates are real, and every wrong one is shown at a real door. Tests
+that wait for a timeout run on a clock that jumps once all sockets are quiet.
 """
 
 import contextlib
 import random
 import socket
-from collections.abc import Callable
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
 import trio
 import trio.testing
 from daemon_helpers import Node, Parcel, Recorder, checkpoints, node_id, start_node, swarm
+from identities import DAY_S, Card, TestSwarm, der, keys, lab, open_card
 
-from mpd.daemon.peers import HANDSHAKE_S, MAX_HANDSHAKES, Unreachable
+from mpd.daemon import peers as peers_module
+from mpd.daemon.channels import DataKeys, Sealing, dial_data, own_suites
+from mpd.daemon.handshake import HANDSHAKE_S, Talk
+from mpd.daemon.links import Link
+from mpd.daemon.peers import Unreachable
+from mpd.daemon.tls import ALPN, wrap_client, wrap_server
+from mpd.errors import PeerError
+from mpd.identity import new_root
 from mpd.ids import Endpoint, PeerId, show_peer
 from mpd.messages import PEER_VERSION, PEERS, DataAccept, DataOffer, Goodbye, Hello, Ping
-from mpd.wire import ControlBuffer, control_frame, control_greeting, data_greeting
+from mpd.wire import ControlBuffer, control_frame, data_greeting
+
+MAX_HANDSHAKES = 64
 
 
 @pytest.fixture
@@ -60,15 +73,15 @@ async def expect_usable(here: Node, there: Node) -> None:
         await other.events.until(lambda other=other, n=n_records: len(other.events.records) > n)
 
 
-def hello(peer: PeerId, **fields: object) -> Hello:
+def hello(**fields: object) -> Hello:
     known = {"version": PEER_VERSION, "instance": bytes(16), "host": "127.0.0.1", "port": 0, **fields}
-    return Hello(peer=peer, **known)
+    return Hello(**known)
 
 
 class Caller:
     """A peer made by hand: it says what the test tells it to."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
         self._buffer = ControlBuffer()
 
@@ -78,11 +91,35 @@ class Caller:
     async def hear(self) -> object:
         """Return the next message, None if the connection ends first."""
         while (body := self._buffer.next_frame()) is None:
-            received = await self.stream.receive_some(4096)
+            try:
+                received = await self.stream.receive_some(4096)
+            except trio.BrokenResourceError:
+                return None
             if not received:
                 return None
             self._buffer.feed(received)
         return PEERS.decode(body)
+
+
+@contextlib.asynccontextmanager
+async def calling(node: Node, card: Card) -> AsyncIterator[Caller]:
+    """Call `node` as the holder of `card`: the way is open, and `node` has said Hello."""
+    async with await open_to(node) as stream:
+        connection, _ = await wrap_client(stream, card, node.own)
+        caller = Caller(connection)
+        assert isinstance(await caller.hear(), Hello)
+        yield caller
+
+
+async def agree_on_keys(caller: Caller, node: Node, card: Card) -> DataKeys:
+    """Say Hello and offer a data connection; return the keys that `node` has agreed to."""
+    await caller.say(hello())
+    sealing = Sealing(card.swarm_id, card.own, node.own, True, own_suites(), random.Random(0).randbytes)
+    offer = sealing.offer(0)
+    await caller.say(offer)
+    accepted = await caller.hear()
+    assert isinstance(accepted, DataAccept)
+    return sealing.agreed(offer, accepted)
 
 
 # --------------------------------------------------------------------------------------------------------- it works
@@ -165,6 +202,23 @@ async def test_calls_that_cross_end_in_one_link(seed: int, monkeypatch: pytest.M
         await trio.testing.wait_all_tasks_blocked()
         await expect_usable(a, b)
         assert (a.events.reasons, b.events.reasons) == ([], [])
+
+
+@pytest.mark.parametrize(("here", "there"), [(1, 9), (9, 1)])
+async def test_of_two_calls_that_cross_the_one_of_the_smaller_id_goes_through(here: int, there: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        async with swarm(0), trio.open_nursery() as nursery:
+            a = await start_node(nursery, here, Recorder())
+            nursery.start_soon(a.peers.link, node_id(there), Endpoint("127.0.0.1", server.getsockname()[1]))
+            await trio.testing.wait_all_tasks_blocked(0.005)
+            async with await open_to(a) as stream:
+                connection, _ = await wrap_client(stream, lab().card(there), a.own)
+                answer = await Caller(connection).hear()
+                if here < there:
+                    assert isinstance(answer, Goodbye)
+                else:
+                    assert isinstance(answer, Hello)
+            nursery.cancel_scope.cancel()
 
 
 async def test_everybody_calls_everybody_at_once() -> None:
@@ -272,10 +326,10 @@ async def test_a_host_that_cannot_be_looked_up_says_so(monkeypatch: pytest.Monke
         assert reason == "cannot be reached at no-such-host.invalid:9: Name or service not known"
 
 
-async def test_somebody_else_at_the_address_is_named() -> None:
+async def test_somebody_else_at_the_address_is_noticed() -> None:
     async with swarm(2) as (a, b):
         reason = await expect_unreachable(a, node_id(7), b.endpoint)
-        assert f"the daemon there is {show_peer(b.own)}, expected {show_peer(node_id(7))}" in reason
+        assert "another daemon answers there than the one that was called" in reason
         await trio.testing.wait_all_tasks_blocked()
         assert b.peers.links() == []
 
@@ -330,42 +384,55 @@ async def test_a_caller_that_gives_up_leaves_the_way_free_for_the_next() -> None
 Answer = Callable[[Caller], object]
 
 
-async def answer_http(caller: Caller) -> None:
+async def answer_nonsense(caller: Caller) -> None:
     await caller.stream.send_all(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(100))
 
 
 async def answer_nothing(caller: Caller) -> None:
-    await caller.stream.receive_some(1)
+    await caller.stream.aclose()
 
 
 async def answer_other_version(caller: Caller) -> None:
-    await caller.say(hello(node_id(1), version=PEER_VERSION + 1))
+    await caller.say(hello(version=PEER_VERSION + 1))
+
+
+async def answer_older_version(caller: Caller) -> None:
+    await caller.say(hello(version=PEER_VERSION - 1))
 
 
 async def answer_beside_the_point(caller: Caller) -> None:
     await caller.say(Ping())
 
 
+async def answer_with_a_refusal(caller: Caller) -> None:
+    await caller.say(Goodbye("we do not like\x1b[31m you"))
+
+
 async def answer_other_handle(caller: Caller) -> None:
-    await caller.say(hello(node_id(1)))
-    await caller.say(DataAccept(bytes(16)))
+    await caller.say(hello())
+    await caller.say(DataAccept(bytes(16), bytes(32), own_suites()[0]))
+    await caller.hear()
 
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (answer_http, "at most 4096 are allowed"),
-        (answer_nothing, ""),
-        (answer_other_version, f"speaks version {PEER_VERSION + 1}, this one {PEER_VERSION}: upgrade one"),
+        (answer_nonsense, "at most 4096 are allowed"),
+        (answer_nothing, "closed the connection"),
+        (answer_other_version, f"speaks version {PEER_VERSION + 1}, this one {PEER_VERSION}: upgrade this machine"),
+        (answer_older_version, f"speaks version {PEER_VERSION - 1}, this one {PEER_VERSION}: upgrade the other"),
         (answer_beside_the_point, "answered a call with Ping"),
-        (answer_other_handle, "refused the data connection"),
+        (answer_with_a_refusal, "it refused this machine: we do not like?[31m you"),
+        (answer_other_handle, ""),
     ],
 )
 async def test_whatever_answers_a_call_can_only_fail_it(answer: Answer, reason: str) -> None:
     async def serve(stream: trio.SocketStream) -> None:
-        await answer(Caller(stream))
-        stream.socket.shutdown(socket.SHUT_WR)
-        await is_closed(stream)
+        connection, _ = await wrap_server(stream, lab().card(1))
+        await answer(Caller(connection))
+        with contextlib.suppress(OSError, trio.ClosedResourceError):
+            stream.socket.shutdown(socket.SHUT_WR)
+            await is_closed(stream)
 
     async with swarm(1) as (a,), trio.open_nursery() as nursery:
         listeners = await nursery.start(trio.serve_tcp, serve, 0)
@@ -375,7 +442,255 @@ async def test_whatever_answers_a_call_can_only_fail_it(answer: Answer, reason: 
         assert reason in failure
         assert len(failure) > len(f"cannot be reached at {endpoint}: ")
         assert a.events.log == []
+        assert a.budgets.links.used == 0
         nursery.cancel_scope.cancel()
+
+
+# --------------------------------------------------------------------------------------------------- who is no member
+
+
+class Bare(Card):
+    """Shows no certificate."""
+
+    def client_context(self, pinned: bool = True) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = pinned
+        context.set_alpn_protocols([ALPN])
+        context.load_verify_locations(cadata=der(self.root))
+        return context
+
+
+def showing(chain: Sequence[bytes]) -> Card:
+    """Return a card that trusts the usual swarm and shows something else."""
+    return Card(keys()[0], chain, lab().root)
+
+
+def bare() -> Card:
+    return Bare(keys()[0], (), lab().root)
+
+
+def of_another_swarm() -> Card:
+    return showing(TestSwarm("elsewhere").card(0).chain)
+
+
+def self_signed() -> Card:
+    return showing([der(new_root(keys()[0], "myself", time.time(), serial=1))])
+
+
+def expired() -> Card:
+    return showing(TestSwarm("lab", age_s=8 * DAY_S).card(0).chain)
+
+
+def not_yet_valid() -> Card:
+    return lab().card(0, now_s=time.time() + 2 * DAY_S)
+
+
+def revoked() -> Card:
+    return lab().card(0)
+
+
+UNAUTHORISED = [
+    (bare, "it talks to members of its swarm only"),
+    (of_another_swarm, "get an invite for its swarm"),
+    (self_signed, "it refused this machine's certificate"),
+    (expired, "it refused this machine's certificate: expired"),
+    (not_yet_valid, "it refused this machine's certificate: not valid yet"),
+    (revoked, "it refused this machine: this peer was revoked"),
+]
+NAMES = [make.__name__ for make, _ in UNAUTHORISED]
+
+
+@pytest.mark.parametrize(("make", "reason"), UNAUTHORISED, ids=NAMES)
+async def test_whoever_is_no_member_is_told_why_and_gets_nothing(
+    make: Callable[[], Card], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = []
+    receive = Talk.receive
+
+    async def listen(self: Talk) -> object:
+        message = await receive(self)
+        heard.append(type(message))
+        return message
+
+    monkeypatch.setattr(Talk, "receive", listen)
+    async with swarm(2) as (_, here), trio.open_nursery() as nursery:
+        here.card.revoked.add(node_id(0))
+        outsider = await start_node(nursery, 0, Recorder(), card=make())
+        assert reason in await expect_unreachable(outsider, here.own, here.endpoint)
+        assert reason in await outsider.peers.probe(here.endpoint)
+        assert Hello not in heard  # neither side got as far as that
+        assert (here.peers.links(), here.events.log, outsider.events.log) == ([], [], [])
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(("make", "reason"), UNAUTHORISED, ids=NAMES)
+async def test_whoever_is_no_member_is_not_listened_to(
+    make: Callable[[], Card], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not wait for its verdict: what it sends behind its certificate is not looked at."""
+    heard = []
+
+    async def listen(self: Talk) -> object:
+        heard.append(self)
+        raise PeerError("somebody listened")
+
+    async with swarm(2) as (_, here), await open_to(here) as stream:
+        monkeypatch.setattr(Talk, "receive", listen)
+        here.card.revoked.add(node_id(0))
+        connection, _ = await wrap_client(stream, make(), here.own)
+        caller = Caller(connection)
+        with contextlib.suppress(trio.BrokenResourceError):
+            await caller.say(hello())
+            await caller.say(DataOffer(bytes(16), bytes(32), own_suites()))
+        assert await caller.hear() in (None, Goodbye("this peer was revoked"))
+        assert await caller.hear() is None
+        assert heard == []
+        assert (here.peers.links(), here.events.log) == ([], [])
+
+
+async def test_a_member_of_another_swarm_reads_that_it_needs_an_invite() -> None:
+    async with swarm(1) as (a,), trio.open_nursery() as nursery:
+        stranger = await start_node(nursery, 1, Recorder(), card=open_card(1))
+        reason = await expect_unreachable(stranger, a.own, a.endpoint)
+        assert "that daemon belongs to another swarm: get an invite for it" in reason
+        assert "belongs to another swarm" in await stranger.peers.probe(a.endpoint)
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_observer_is_linked_and_known_as_one() -> None:
+    async with swarm(1) as (a,), trio.open_nursery() as nursery:
+        observer = await start_node(nursery, 1, Recorder(), card=lab().card(1, role="observer"))
+        await observer.peers.link(a.own, a.endpoint)
+        await a.events.until(lambda: a.peers.links())
+        assert a.peers.get(observer.own).member.role == "observer"
+        assert observer.peers.get(a.own).member.role == "member"
+        assert [status.role for status in a.peers.snapshot()] == ["observer"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_both_ends_know_which_news_the_other_goes_by() -> None:
+    async with swarm(2) as (a, b):
+        a.card.news_seq = 7
+        assert (await a.peers.link(b.own, b.endpoint)).news == 0
+        await b.events.until(lambda: b.peers.links())
+        assert b.peers.get(a.own).news == 7
+
+
+# ------------------------------------------------------------------------------------------------- who is one no more
+
+
+async def linked(here: Node, there: Node) -> None:
+    await here.peers.link(there.own, there.endpoint)
+    await there.events.until(lambda: there.peers.get(here.own))
+
+
+async def test_the_link_to_a_revoked_member_is_cut_and_the_others_stay() -> None:
+    async with swarm(3) as (a, b, c):
+        await linked(a, b)
+        await linked(c, a)
+        a.card.revoked.add(b.own)
+        a.peers.recheck()
+        await a.events.until(lambda: a.events.reasons)
+        await b.events.until(lambda: b.events.reasons)
+        assert a.events.reasons == ["this peer was revoked"]
+        assert Goodbye("this peer was revoked") in b.events.messages
+        assert [link.peer for link in a.peers.links()] == [c.own]
+        assert "revoked" in await expect_unreachable(b, a.own, a.endpoint)
+
+
+@pytest.fixture
+def recheck_s(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Let memberships be looked at again more often than a daemon does: nothing here lasts for half a minute."""
+    monkeypatch.setattr(peers_module, "RECHECK_S", 4.0)
+    return 4.0
+
+
+async def test_a_member_that_is_revoked_while_it_calls_does_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    establish = Link.establish
+
+    async with swarm(2) as (a, b):
+
+        async def establish_too_late(self: Link) -> None:
+            await establish(self)
+            b.card.revoked.add(a.own)
+
+        monkeypatch.setattr(Link, "establish", establish_too_late)
+        await a.peers.link(b.own, b.endpoint)
+        await b.events.until(lambda: b.events.reasons)
+        assert b.events.log == [("down", "this peer was revoked")]
+        assert b.peers.links() == []
+
+
+async def test_links_end_with_the_certificate_within_a_recheck(
+    jumping_clock: trio.testing.MockClock, recheck_s: float
+) -> None:
+    ahead_ms = 0
+
+    def clock() -> int:
+        return int((lab().now_s + trio.current_time()) * 1000) + ahead_ms
+
+    async with swarm(1) as (b,), trio.open_nursery() as nursery:
+        a = await start_node(nursery, 1, Recorder(), clock=clock)
+        await linked(a, b)
+        await trio.sleep(2 * recheck_s)
+        assert a.events.reasons == []
+        ahead_ms = int(7 * DAY_S * 1000)
+        began = trio.current_time()
+        await a.events.until(lambda: a.events.reasons)
+        assert trio.current_time() - began <= recheck_s + 1
+        assert a.events.reasons == ["the certificate with which this link was made has expired"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_cutting_takes_whom_it_is_told_to() -> None:
+    async with swarm(3) as (a, b, c):
+        await linked(a, b)
+        await linked(a, c)
+        a.peers.cut(lambda link: link.peer == c.own, "out with you")
+        await a.events.until(lambda: a.events.reasons)
+        await c.events.until(lambda: c.events.reasons)
+        assert Goodbye("out with you") in c.events.messages
+        assert a.events.reasons == ["out with you"]
+        assert [link.peer for link in a.peers.links()] == [b.own]
+
+
+async def test_an_old_link_is_made_anew_before_it_is_given_up(
+    jumping_clock: trio.testing.MockClock, recheck_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers_module, "MAX_LINK_AGE_S", 2 * recheck_s)
+    async with swarm(2) as (a, b):
+        await linked(a, b)
+        first = a.peers.get(b.own)
+        first.busy += 1
+        await trio.sleep(3.5 * recheck_s)
+        assert a.peers.get(b.own) is first  # a round depends on it
+        first.busy -= 1
+        await a.events.until(lambda: a.events.reasons)
+        assert [kind for kind, _ in a.events.log if kind != "message"] == ["up", "up", "down"]
+        await b.events.until(lambda: b.events.reasons)
+        await expect_usable(a, b)
+        assert (a.budgets.links.used, b.budgets.links.used) == (1, 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- budgets
+
+
+async def test_links_are_bounded_and_both_sides_say_so() -> None:
+    async with swarm(3) as (a, b, c):
+        a.budgets.links.limit = 1
+        await linked(a, b)
+        assert "as many links as it may have: 1" in await refused(a, c)
+        assert "it refused this machine: it has as many links as it may have: 1" in await refused(c, a)
+        await expect_usable(a, b)
+        a.peers.get(b.own).close("enough")
+        await linked(c, a)
+        assert a.budgets.links.peak == 1
+
+
+async def refused(here: Node, there: Node) -> str:
+    with pytest.raises(Unreachable) as caught:
+        await here.peers.link(there.own, there.endpoint)
+    return str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------- strangers that call
@@ -387,14 +702,13 @@ GARBAGE = [
     b"mpd",
     b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n",
     bytes.fromhex("16030100f5010000f10303") + bytes(200),
+    b"\x16" * 5000,
     b"\xff" * 5000,
-    control_greeting() + bytes(4),
-    control_greeting() + b"\xff\xff\xff\xff",
-    control_greeting() + control_frame(b"junk"),
-    control_greeting() + control_frame(PEERS.encode(Ping())),
-    control_greeting() + control_frame(PEERS.encode(hello(node_id(0)))),
-    control_greeting() + control_frame(PEERS.encode(hello(node_id(9)))) + control_frame(PEERS.encode(Ping())),
-    b"mpdC\x07\0\0\0" + control_frame(PEERS.encode(hello(node_id(9)))),
+    b"mpdC\x01\0\0\0" + bytes(4),
+    b"mpdC\x01\0\0\0" + control_frame(PEERS.encode(hello())),
+    b"mpdC\x07\0\0\0" + control_frame(PEERS.encode(hello())),
+    b"mpdA\x01\0\0\0" + bytes(100),
+    b"mpdX\x01\0\0\0" + bytes(100),
     data_greeting(bytes(16)),
     data_greeting(bytes(16)) + bytes(5000),
 ]
@@ -425,95 +739,145 @@ async def test_a_scan_of_ports_uses_nothing_up() -> None:
         assert a.events.log == [("up", b.own)]
 
 
-async def test_connections_that_say_nothing_are_bounded_and_closed_in_time(
-    jumping_clock: trio.testing.MockClock,
-) -> None:
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        control_frame(b"junk"),
+        b"\xff\xff\xff\xff",
+        control_frame(PEERS.encode(Ping())),
+        control_frame(PEERS.encode(hello())) + control_frame(PEERS.encode(Ping())),
+        control_frame(PEERS.encode(hello(version=PEER_VERSION + 1))),
+    ],
+)
+async def test_a_member_that_does_not_keep_to_the_rules_is_closed(nonsense: bytes) -> None:
     async with swarm(2) as (a, b):
-        silent = [await open_to(a) for _ in range(MAX_HANDSHAKES)]
-        began = trio.current_time()
-        async with await open_to(a) as one_too_many:
-            assert await is_closed(one_too_many)
-        assert trio.current_time() - began < HANDSHAKE_S / 2
-        for stream in silent:
-            assert await is_closed(stream)
-            await stream.aclose()
-        assert trio.current_time() - began == pytest.approx(HANDSHAKE_S)
+        async with calling(a, lab().card(9)) as caller:
+            await caller.stream.send_all(nonsense)
+            with contextlib.suppress(PeerError):
+                while await caller.hear() is not None:
+                    pass
+        assert a.peers.links() == []
+        assert a.events.log == []
         await b.peers.link(a.own, a.endpoint)
 
 
-async def test_a_caller_of_another_version_is_told_ours_and_closed() -> None:
+async def test_a_caller_that_shows_our_own_certificate_is_closed() -> None:
     async with swarm(1) as (a,), await open_to(a) as stream:
-        caller = Caller(stream)
-        await stream.send_all(control_greeting())
-        await caller.say(hello(node_id(1), version=PEER_VERSION + 1))
-        answer = await caller.hear()
-        assert isinstance(answer, Hello)
-        assert answer.version == PEER_VERSION
-        assert await caller.hear() is None
-        assert a.peers.links() == []
+        connection, _ = await wrap_client(stream, a.card, a.own)
+        assert await Caller(connection).hear() is None
+        assert a.events.log == []
 
 
 async def test_a_caller_that_stops_half_way_is_closed_in_time(jumping_clock: trio.testing.MockClock) -> None:
-    async with swarm(2) as (a, b), await open_to(a) as stream:
-        caller = Caller(stream)
-        await stream.send_all(control_greeting())
-        await caller.say(hello(b.own))
-        assert isinstance(await caller.hear(), Hello)
-        await caller.say(DataOffer(b"c" * 16))
-        assert await caller.hear() == DataAccept(b"c" * 16)
-        assert await caller.hear() is None
-        assert trio.current_time() == pytest.approx(HANDSHAKE_S)
-        async with await open_to(a) as late:  # the handle has gone with the call
-            await late.send_all(data_greeting(b"c" * 16))
-            assert await is_closed(late)
+    async with swarm(1) as (a,):
+        began = trio.current_time()
+        async with calling(a, lab().card(1)) as caller:
+            keys = await agree_on_keys(caller, a, lab().card(1))
+            assert await caller.hear() is None
+        assert trio.current_time() - began == pytest.approx(HANDSHAKE_S)
+        with pytest.raises((OSError, PeerError)):  # the handle has gone with the call
+            await dial_data(a.endpoint.host, a.endpoint.port, keys)
         assert a.events.log == []
+        assert (a.budgets.links.used, a.budgets.handshakes.used) == (0, 0)
 
 
 async def test_a_call_under_way_is_preferred_to_dialling_and_dialling_follows_if_it_fails() -> None:
     """Otherwise both calls could be made, each side could drop the other's, and no link would be left."""
     async with swarm(2) as (a, b):
-        stream = await open_to(a)
-        caller = Caller(stream)
-        await stream.send_all(control_greeting())
-        await caller.say(hello(b.own))
-        assert isinstance(await caller.hear(), Hello)
         links = []
 
         async def call() -> None:
             links.append(await a.peers.link(b.own, b.endpoint))
 
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery, calling(a, b.card):
             nursery.start_soon(call)
             await trio.testing.wait_all_tasks_blocked()
             assert b.events.log == []
-            await stream.aclose()
         assert links[0].up
         await b.events.until(lambda: b.peers.links())
         await expect_usable(a, b)
 
 
-async def test_a_data_connection_goes_to_the_call_that_offered_its_handle_and_only_once() -> None:
-    async with swarm(1) as (a,), await open_to(a) as stream:
-        caller, conn_id = Caller(stream), b"c" * 16
-        await stream.send_all(control_greeting())
-        await caller.say(hello(node_id(1)))
-        assert isinstance(await caller.hear(), Hello)
-        await caller.say(DataOffer(conn_id))
-        assert await caller.hear() == DataAccept(conn_id)
-        async with await open_to(a) as stray, await open_to(a) as data, await open_to(a) as again:
+async def test_a_data_connection_goes_to_the_call_that_agreed_on_its_keys() -> None:
+    async with swarm(1) as (a,), calling(a, lab().card(1)) as caller:
+        keys = await agree_on_keys(caller, a, lab().card(1))
+        async with await open_to(a) as stray:
             await stray.send_all(data_greeting(b"x" * 16))
             assert await is_closed(stray)
-            await data.send_all(data_greeting(conn_id))
-            assert await caller.hear() == DataAccept(conn_id)
-            await again.send_all(data_greeting(conn_id))
-            assert await is_closed(again)
-            assert [link.peer for link in a.peers.links()] == [node_id(1)]
-            assert a.events.reasons == []
+        channel = await dial_data(a.endpoint.host, a.endpoint.port, keys)
+        await a.events.until(lambda: a.events.log)
+        assert [link.peer for link in a.peers.links()] == [node_id(1)]
+        assert a.events.reasons == []
+        channel.close()
+
+
+async def test_those_who_want_to_join_have_a_door_of_their_own() -> None:
+    async with swarm(1) as (a,), await open_to(a) as stream:
+        came = trio.Event()
+
+        async def admit(stream: trio.SocketStream) -> None:
+            assert await stream.receive_some(100) == b"please"
+            came.set()
+
+        a.peers.door.admission = admit
+        await stream.send_all(b"mpdA\x01\0\0\0please")
+        await came.wait()
+        assert await is_closed(stream)
+
+
+# ---------------------------------------------------------------------------------------------------- who is out there
+
+
+async def test_a_probe_says_what_is_there() -> None:
+    async with swarm(2) as (a, b):
+        nowhere = Endpoint("127.0.0.1", closed_port())
+        assert await a.peers.probe(nowhere) == "Connection refused"
+        there = await a.peers.probe(b.endpoint)
+        assert show_peer(b.own) in there
+        assert f"by TCP but not by UDP: open UDP port {b.endpoint.port}" in there
+        assert await a.peers.probe(a.endpoint) == "this daemon itself answers there"
+        await trio.testing.wait_all_tasks_blocked()
+        assert (a.events.log, b.events.log) == ([], [])
+
+
+@pytest.mark.parametrize(("ahead_s", "which"), [(45, "45 s ahead of"), (-45, "45 s behind")])
+async def test_a_probe_finds_a_clock_that_is_wrong(ahead_s: int, which: str) -> None:
+    now_ms = int(lab().now_s * 1000)
+    async with swarm(0), trio.open_nursery() as nursery:
+        a = await start_node(nursery, 0, Recorder(), clock=lambda: now_ms)
+        b = await start_node(nursery, 1, Recorder(), clock=lambda: now_ms + ahead_s * 1000)
+        assert f"its clock is {which} this machine's" in await a.peers.probe(b.endpoint)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_probe_finds_what_is_no_daemon(jumping_clock: trio.testing.MockClock) -> None:
+    async def serve(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"220 mail.example.org ESMTP\r\n")
+        await is_closed(stream)
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with swarm(1) as (a,), trio.open_nursery() as nursery:
+            listeners = await nursery.start(trio.serve_tcp, serve, 0)
+            mail = Endpoint("127.0.0.1", listeners[0].socket.getsockname()[1])
+            assert "not an mpd daemon" in await a.peers.probe(mail)
+            nobody = Endpoint("127.0.0.1", silent.getsockname()[1])
+            assert await a.peers.probe(nobody) == f"nothing answered within {HANDSHAKE_S:g} s"
+            nursery.cancel_scope.cancel()
 
 
 async def test_can_dial_says_whether_something_listens() -> None:
     async with swarm(2) as (a, b):
+        assert not await a.peers.can_dial(b.endpoint)  # nobody from that host may ask
+        await linked(a, b)
         assert await a.peers.can_dial(b.endpoint)
         assert not await a.peers.can_dial(Endpoint("127.0.0.1", closed_port()))
-        await trio.testing.wait_all_tasks_blocked()
-        assert b.events.log == []
+        assert not await a.peers.can_dial(Endpoint("127.0.0.2", b.endpoint.port))  # somebody else's address
+        assert a.budgets.dial_backs.used == 0
+
+
+async def test_dialling_back_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with swarm(2) as (a, b):
+        await linked(a, b)
+        a.budgets.dial_backs.limit = 0
+        assert not await a.peers.can_dial(b.endpoint)
+        assert a.budgets.dial_backs.refused == 1

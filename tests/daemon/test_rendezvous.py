@@ -7,7 +7,7 @@ import trio
 import trio.testing
 from dht_swarm import eventually_async, everyone_knows_everyone, open_swarm, peer
 
-from mpd.daemon.rendezvous import MemoryBoard, MemoryRendezvous, Record, Rendezvous
+from mpd.daemon.rendezvous import MAX_VALUE_BYTES, MemoryBoard, MemoryRendezvous, Record, Rendezvous
 from mpd.errors import LocalError
 
 N_PEERS = 4
@@ -76,8 +76,8 @@ async def test_withdrawing_nothing_is_fine(swarm: Sequence[Rendezvous]) -> None:
 
 async def test_a_value_of_the_greatest_size_arrives(swarm: Sequence[Rendezvous]) -> None:
     for rendezvous in swarm:
-        await rendezvous.announce(KEY, bytes(1000), 60)
-    assert [record.value for record in await swarm[0].seek(KEY)] == [bytes(1000)] * N_PEERS
+        await rendezvous.announce(KEY, bytes(MAX_VALUE_BYTES), 60)
+    assert [record.value for record in await swarm[0].seek(KEY)] == [bytes(MAX_VALUE_BYTES)] * N_PEERS
 
 
 async def test_a_long_life_is_cut_to_an_hour(swarm: Sequence[Rendezvous]) -> None:
@@ -96,8 +96,8 @@ async def test_the_status_counts_the_others(swarm: Sequence[Rendezvous]) -> None
     [
         (b"short", b"v", 60, "20 bytes"),
         (bytes(21), b"v", 60, "20 bytes"),
-        (KEY, b"", 60, "1 to 1000 bytes"),
-        (KEY, bytes(1001), 60, "1 to 1000 bytes"),
+        (KEY, b"", 60, "1 to 878 bytes"),
+        (KEY, bytes(879), 60, "1 to 878 bytes"),
         (KEY, b"v", 0, "positive"),
         (KEY, b"v", float("nan"), "positive"),
         (KEY, b"v", float("inf"), "positive"),

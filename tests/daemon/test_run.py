@@ -21,14 +21,16 @@ from trio.testing import MockClock
 
 from mpd.config import RoundLimits
 from mpd.control import OUT_HEADER_BYTES, Attach, Query, Step, Stepped
-from mpd.daemon.memory import OutRegion
+from mpd.daemon import run as run_module
+from mpd.daemon.memory import OutRegion, Region
 from mpd.daemon.run import Run, TrainerSeat
 from mpd.daemon.sessions import RoundResult
 from mpd.daemon.vault import RegionVault
 from mpd.errors import LocalError
 from mpd.grid import Cell, ShapeRecord
 from mpd.ids import RoundId, show_peer
-from mpd.mass import MAX_MASS, Standing
+from mpd.layout import MAX_WEIGHT
+from mpd.mass import Standing
 from mpd.matchmaking import Alone, Begun
 from mpd.messages import Begin, Member
 
@@ -55,11 +57,8 @@ def mapped(region: OutRegion) -> mmap.mmap:
 class Trainer:
     """A trainer on `daemon`: writes its values, asks for steps, and reads results as a client would."""
 
-    def __init__(
-        self, daemon: FakeDaemon, label: str = "trainer", *, group_size: int = 16, rounds: int | str = 1
-    ) -> None:
-        request = Attach("run", specs(N_ELEMS), group_size, rounds, "raw", "mean")
-        self.seat = daemon.runs.attach(request, label)
+    def __init__(self, seat: TrainerSeat) -> None:
+        self.seat = seat
         self.out = mapped(self.seat.out_region)
         self.seq = 0
 
@@ -81,6 +80,11 @@ class Trainer:
 
     def release(self) -> None:
         self.seat.release(self.seq)
+
+
+async def attach(daemon: FakeDaemon, label: str = "trainer", *, group_size: int = 16, rounds: int | str = 1) -> Trainer:
+    request = Attach("run", specs(N_ELEMS), group_size, rounds, "raw", "mean")
+    return Trainer(await daemon.runs.attach(request, label))
 
 
 async def daemons(swarm: Swarm, n: int) -> list[FakeDaemon]:
@@ -126,7 +130,7 @@ def all_step(trainers: Sequence[Trainer], values: Sequence[float], weight: float
 
 async def test_peers_average_and_say_with_whom(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     hosts = await daemons(Swarm(nursery), 3)
-    trainers = [Trainer(daemon) for daemon in hosts]
+    trainers = [await attach(daemon) for daemon in hosts]
     answers = await together(*all_step(trainers, [1, 2, 4]))
     names = {show_peer(daemon.own) for daemon in hosts}
     for trainer, stepped in zip(trainers, answers, strict=True):
@@ -146,7 +150,7 @@ async def test_weights_count_between_peers_and_between_trainers(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     one, other = await daemons(Swarm(nursery), 2)
-    left, right, far = Trainer(one, "gpu 0"), Trainer(one, "gpu 1"), Trainer(other)
+    left, right, far = await attach(one, "gpu 0"), await attach(one, "gpu 1"), await attach(other)
     answers = await together(
         lambda: left.step(1.0, weight=1.0), lambda: right.step(4.0, weight=2.0), lambda: far.step(10.0, weight=5.0)
     )
@@ -161,7 +165,7 @@ async def test_a_trainer_that_does_not_ask_is_left_out_and_named(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     one, other = await daemons(Swarm(nursery), 2)
-    busy, _, far = Trainer(one, "busy"), Trainer(one, "late"), Trainer(other)
+    busy, _, far = await attach(one, "busy"), await attach(one, "late"), await attach(other)
     answers = await together(lambda: busy.step(1.0), lambda: far.step(3.0))
     assert answers[0].averaged
     assert answers[0].missing == {"trainer late": "had not asked for a step when the window ended"}
@@ -175,7 +179,7 @@ async def test_every_exact_cycle_is_certified_and_exact(
     n: int, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     hosts = await daemons(Swarm(nursery), n)
-    trainers = [Trainer(daemon, group_size=3, rounds="exact") for daemon in hosts]
+    trainers = [await attach(daemon, group_size=3, rounds="exact") for daemon in hosts]
     for turn in range(4):
         answers = await together(
             *(lambda i=i, trainer=trainer: trainer.step(2.0**i, i + 1.0) for i, trainer in enumerate(trainers))
@@ -189,7 +193,7 @@ async def test_every_exact_cycle_is_certified_and_exact(
 
 async def test_the_history_has_one_line_a_round(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     hosts = await daemons(Swarm(nursery), 2)
-    trainers = [Trainer(daemon) for daemon in hosts]
+    trainers = [await attach(daemon) for daemon in hosts]
     for _ in range(2):
         await together(*all_step(trainers, [1, 3]))
     for daemon in hosts:
@@ -210,7 +214,7 @@ async def test_a_step_of_two_dies_with_its_peer_and_the_values_stay(
 ) -> None:
     swarm = Swarm(nursery, delay_s=lambda: 0.01)
     hosts = await daemons(swarm, 2)
-    trainers = [Trainer(daemon) for daemon in hosts]
+    trainers = [await attach(daemon) for daemon in hosts]
     await together(*all_step(trainers, [1, 3]))
     for trainer in trainers:
         trainer.release()
@@ -241,7 +245,7 @@ async def test_who_has_not_copied_its_result_keeps_it_for_good(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     one, other = await daemons(Swarm(nursery), 2)
-    slow, quick, far = Trainer(one, "slow"), Trainer(one, "quick"), Trainer(other)
+    slow, quick, far = await attach(one, "slow"), await attach(one, "quick"), await attach(other)
     first = await together(lambda: slow.step(1.0), lambda: quick.step(1.0), lambda: far.step(4.0))
     assert not any(stepped.new_out for stepped in first)
     quick.release()
@@ -263,7 +267,7 @@ def slow_mean() -> float:
 
 async def test_released_memory_is_used_again(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     hosts = await daemons(Swarm(nursery), 2)
-    trainers = [Trainer(daemon) for daemon in hosts]
+    trainers = [await attach(daemon) for daemon in hosts]
     for turn in range(3):
         answers = await together(*all_step(trainers, [turn, turn + 2]))
         assert not any(stepped.new_out for stepped in answers)
@@ -286,7 +290,7 @@ async def test_the_generation_flips_after_the_last_byte(
 
     monkeypatch.setattr(OutRegion, "publish", watch)
     hosts = await daemons(Swarm(nursery), 2)
-    trainers = [Trainer(daemon) for daemon in hosts]
+    trainers = [await attach(daemon) for daemon in hosts]
     await together(*all_step(trainers, [1, 3]))
     await together(*all_step(trainers, [5, 7]))
     assert seen == [(0, {2.0})] * 2 + [(1, {6.0})] * 2
@@ -307,8 +311,8 @@ async def test_the_last_trainer_takes_the_run_and_its_memory_with_it(
 ) -> None:
     before = regions()
     (daemon,) = await daemons(Swarm(nursery), 1)
-    trainers = [Trainer(daemon), Trainer(daemon)]
-    trainers[0].seat.open_snapshot()
+    trainers = [await attach(daemon), await attach(daemon)]
+    await trainers[0].seat.open_snapshot()
     assert len(regions() - before) == 4  # two in, one out, one snapshot
     trainers[0].seat.close()
     await trio.testing.wait_all_tasks_blocked()
@@ -328,7 +332,7 @@ async def test_the_last_trainer_may_leave_in_the_middle_of_a_step(
 ) -> None:
     swarm = Swarm(nursery, delay_s=lambda: 0.01)
     hosts = await daemons(swarm, 3)
-    trainers = [Trainer(daemon) for daemon in hosts]
+    trainers = [await attach(daemon) for daemon in hosts]
     await together(*all_step(trainers, [1, 2, 6]))
     answers: list[Stepped] = []
 
@@ -459,8 +463,9 @@ class Script:
 def script(nursery: trio.Nursery, d: int, groups: str, *outcomes: "float | str", rounds: int | str = "exact") -> Script:
     lobby, sessions = ScriptedLobby(d, groups), ScriptedSessions(list(outcomes))
     run_terms = terms(16, rounds, specs(N_ELEMS))
-    run = Run("run", run_terms, lobby, sessions, RoundLimits())  # type: ignore[arg-type]
-    seat = run.sit("trainer")
+    out = OutRegion(run_terms.layout.n_bytes)
+    run = Run("run", run_terms, lobby, sessions, RoundLimits(), out)  # type: ignore[arg-type]
+    seat = run.sit("trainer", Region(N_ELEMS * 4))
     np.frombuffer(seat.in_region.view, np.float32)[:] = 100.0
     nursery.start_soon(run.serve)
     return Script(run, lobby, sessions, seat)
@@ -583,7 +588,7 @@ async def test_a_region_left_to_a_slow_reader_goes_on_serving_others(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     play = script(nursery, 1, "xx", 1.0, 2.0, rounds=1)
-    play.run.readers.add(other := play.run.sit("slow reader"))
+    play.run.readers.add(other := play.run.sit("slow reader", Region(N_ELEMS * 4)))
     old = play.run.out
     play.run.leave(other)
     play.run.readers.add(other)
@@ -619,7 +624,7 @@ async def test_one_of_two_trainers_may_cancel_and_the_other_gets_the_result(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     one, other = await daemons(Swarm(nursery, delay_s=lambda: 0.05), 2)
-    stays, cancels, far = Trainer(one, "stays"), Trainer(one, "cancels"), Trainer(other)
+    stays, cancels, far = await attach(one, "stays"), await attach(one, "cancels"), await attach(other)
     answers: list[Stepped] = []
 
     async def step(trainer: Trainer, value: float) -> None:
@@ -641,7 +646,7 @@ async def test_a_trainer_that_cancels_while_another_is_awaited_leaves_no_step_be
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     play = script(nursery, 1, "x", 2.0, rounds=1)
-    other = play.run.sit("other")
+    other = play.run.sit("other", Region(N_ELEMS * 4))
     with trio.move_on_after(1) as scope:
         await play.step()
     assert scope.cancelled_caught
@@ -651,9 +656,39 @@ async def test_a_trainer_that_cancels_while_another_is_awaited_leaves_no_step_be
     assert (await play.step()).averaged
 
 
+async def test_a_trainer_that_cancels_while_memory_is_made_lets_the_others_go_on(
+    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play = script(nursery, 2, "xx", 1.0, 2.0)
+
+    async def private(n_bytes: int) -> memoryview:
+        scope.cancel()
+        await trio.sleep_forever()
+        raise AssertionError
+
+    with trio.CancelScope() as scope, monkeypatch.context() as patch:
+        patch.setattr(run_module, "private", private)
+        await play.step()
+    await trio.testing.wait_all_tasks_blocked()
+    assert scope.cancelled_caught
+    assert play.run.idle.is_set()
+    assert play.sessions.refused == [RoundId(bytes([1]) * 16)]
+
+
+async def test_the_memory_of_a_run_goes_with_its_last_trainer(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    play = script(nursery, 2, "xx", 1.0, 2.0)
+    assert (await play.step()).averaged
+    fds = [play.seat.in_region.fd, play.run.out.fd]
+    play.seat.close()
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+    assert (play.run._spare, play.run._gathered) == (None, None)
+
+
 async def test_who_leaves_is_not_waited_for(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     play = script(nursery, 1, "x", 2.0, rounds=1)
-    other = play.run.sit("other")
+    other = play.run.sit("other", Region(N_ELEMS * 4))
     began = trio.current_time()
     async with trio.open_nursery() as steps:
         steps.start_soon(play.step)
@@ -664,7 +699,7 @@ async def test_who_leaves_is_not_waited_for(nursery: trio.Nursery, autojump_cloc
 
 async def test_one_trainers_bad_values_spoil_this_step_only(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     (daemon,) = await daemons(Swarm(nursery), 1)
-    good, bad = Trainer(daemon, "good"), Trainer(daemon, "bad")
+    good, bad = await attach(daemon, "good"), await attach(daemon, "bad")
     answers = await together(lambda: good.step(1.0), lambda: bad.step(math.nan))
     for stepped in answers:
         assert not stepped.averaged
@@ -675,25 +710,32 @@ async def test_steps_that_cannot_be_are_refused(nursery: trio.Nursery, autojump_
     play = script(nursery, 1, "xx", 1.0, 2.0, rounds=1)
     with pytest.raises(LocalError, match="no snapshot region yet"):
         await play.seat.step(replace(Step(1, 1.0, 60.0), source="snapshot"))
-    with pytest.raises(LocalError, match="at most 1e"):
-        await play.step(weight=1e31)
-    assert (await play.step(weight=MAX_MASS)).averaged
-    assert play.lobby.standings[0].mass == MAX_MASS
+    assert (await play.step()).averaged
+
+
+async def test_the_trainers_of_a_machine_weigh_as_much_as_one_may(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    play = script(nursery, 1, "x", 1.0, rounds=1)
+    other = play.run.sit("other", Region(N_ELEMS * 4))
+    answers = await together(lambda: play.step(weight=MAX_WEIGHT), lambda: other.step(Step(1, MAX_WEIGHT, 60.0)))
+    assert all(stepped.averaged for stepped in answers)
+    assert play.lobby.standings[0].mass == MAX_WEIGHT
 
 
 async def test_a_snapshot_is_averaged_instead_of_the_in_region(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     play = script(nursery, 1, "x", 1.0, rounds=1)
-    np.frombuffer(play.seat.open_snapshot().view, np.float32)[:] = 7.0
-    assert play.seat.open_snapshot() is play.seat.snapshot
+    np.frombuffer((await play.seat.open_snapshot()).view, np.float32)[:] = 7.0
+    assert await play.seat.open_snapshot() is play.seat.snapshot
     await play.seat.step(Step(1, 1.0, 60.0, source="snapshot"))
     assert set(np.frombuffer(play.sessions.made[0].source, np.float32).tolist()) == {7.0}
 
 
 async def test_the_shortest_timeout_of_all_trainers_counts(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     (daemon,) = await daemons(Swarm(nursery), 1)
-    patient, hasty = Trainer(daemon), Trainer(daemon)
+    patient, hasty = await attach(daemon), await attach(daemon)
     answers = await together(lambda: patient.step(1.0), lambda: hasty.step(1.0, timeout_s=2.0))
     assert all(stepped.seconds <= 2.0 for stepped in answers)
     assert all("nobody else has announced this run" in stepped.reason for stepped in answers)

@@ -1,6 +1,10 @@
 """All runs of a daemon: who may attach, what is asked about them, and where messages of peers go."""
 
+import contextlib
+import gc
 import json
+import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,10 +14,12 @@ from fake_peers import FakeDaemon, Swarm, peer, specs
 from trio.testing import MockClock
 
 from mpd.control import Attach, Query, Step, Stepped
+from mpd.daemon.memory import OutRegion, Region
 from mpd.daemon.run import TrainerSeat
 from mpd.errors import LocalError, PeerError
 from mpd.grid import roster_key
 from mpd.ids import show_peer
+from mpd.layout import TensorSpec
 from mpd.mass import enter
 from mpd.messages import (
     Begin,
@@ -34,9 +40,9 @@ from mpd.messages import (
 pytestmark = pytest.mark.usefixtures("repeatable")
 
 
-def attach(daemon: FakeDaemon, run: str = "run", n_elems: int = 4, **terms: Any) -> TrainerSeat:
+async def attach(daemon: FakeDaemon, run: str = "run", n_elems: int = 4, **terms: Any) -> TrainerSeat:
     fields = {"group_size": 16, "rounds": 1, "codec": "raw", "aggregate": "mean"} | terms
-    return daemon.runs.attach(Attach(run, specs(n_elems, "layer.weight"), **fields), "trainer")
+    return await daemon.runs.attach(Attach(run, specs(n_elems, "layer.weight"), **fields), "trainer")
 
 
 async def step(seat: TrainerSeat, value: float) -> Stepped:
@@ -80,7 +86,7 @@ def ask(daemon: FakeDaemon, what: str, **more: Any) -> Any:
 
 async def test_two_runs_are_apart(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     one, other = await daemons(Swarm(nursery), 2)
-    seats = [attach(one, "a"), attach(other, "a"), attach(one, "b", 8), attach(other, "b", 8)]
+    seats = [await attach(one, "a"), await attach(other, "a"), await attach(one, "b", 8), await attach(other, "b", 8)]
     answers = await together(seats, [1, 3, 10, 30])
     assert all(stepped.averaged and len(stepped.peers) == 2 for stepped in answers)
     assert [result(seat) for seat in seats] == [{2.0}, {2.0}, {20.0}, {20.0}]
@@ -103,13 +109,13 @@ async def test_other_terms_under_a_name_in_use_are_refused(
     changes: dict[str, Any], says: str, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     (daemon,) = await daemons(Swarm(nursery), 1)
-    first = attach(daemon)
+    first = await attach(daemon)
     with pytest.raises(LocalError, match=f"'run' is in use on this daemon with other terms: {says}"):
-        attach(daemon, **changes)
+        await attach(daemon, **changes)
     assert len(ask(daemon, "status")["runs"]) == 1
     first.close()
     await pass_time(1)
-    attach(daemon, **changes)
+    await attach(daemon, **changes)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 257, "a\nb", "\x00"])
@@ -118,7 +124,7 @@ async def test_a_name_that_nobody_can_read_is_refused(
 ) -> None:
     (daemon,) = await daemons(Swarm(nursery), 1)
     with pytest.raises(LocalError, match="1 to 256 printable characters"):
-        attach(daemon, name)
+        await attach(daemon, name)
 
 
 @pytest.mark.parametrize("changes", [{"group_size": 1}, {"rounds": 2}, {"codec": "gzip"}, {"aggregate": "median"}])
@@ -127,18 +133,18 @@ async def test_impossible_terms_are_refused(
 ) -> None:
     (daemon,) = await daemons(Swarm(nursery), 1)
     with pytest.raises(LocalError, match=next(iter(changes))):
-        attach(daemon, **changes)
+        await attach(daemon, **changes)
     assert ask(daemon, "status")["runs"] == []
 
 
 async def test_a_daemon_that_is_leaving_takes_nobody(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     swarm = Swarm(nursery)
     with pytest.raises(LocalError, match="leaving"):
-        attach(swarm.daemon())  # not being served
+        await attach(swarm.daemon())  # not being served
     (daemon,) = await daemons(swarm, 1)
     daemon.runs.leave()
     with pytest.raises(LocalError, match="leaving"):
-        attach(daemon)
+        await attach(daemon)
 
 
 async def test_whoever_attaches_as_the_last_trainer_leaves_gets_a_run_that_works(
@@ -146,13 +152,13 @@ async def test_whoever_attaches_as_the_last_trainer_leaves_gets_a_run_that_works
 ) -> None:
     look_up_s = 0.1
     one, other = await daemons(Swarm(nursery, look_up_s=lambda: look_up_s), 2)
-    seats = [attach(one), attach(other)]
+    seats = [await attach(one), await attach(other)]
     await together(seats, [1, 3])
     look_up_s = 0.25
     seats[0].close()
     await pass_time(0.01)  # the run that ends is taking its announcements back
     look_up_s = 0.01
-    again = attach(one)
+    again = await attach(one)
     await pass_time(1)
     assert one.own in {record.publisher for record in await other.rendezvous.seek(roster_key("run"))}
     assert [stepped.averaged for stepped in await together([again, seats[1]], [5, 7])] == [True, True]
@@ -167,15 +173,91 @@ async def test_a_trainer_that_leaves_before_its_run_has_started(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     (daemon,) = await daemons(Swarm(nursery), 1)
-    attach(daemon).close()
+    (await attach(daemon)).close()
     await pass_time(1)
     assert daemon.runs.of_name("run") is None
     assert daemon.rendezvous._records == {}
 
 
+async def test_trainers_that_attach_at_once_share_a_run(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    (daemon,) = await daemons(Swarm(nursery), 1)
+    seats: list[TrainerSeat] = []
+
+    async def take() -> None:
+        seats.append(await attach(daemon))
+
+    async with trio.open_nursery() as trainers:
+        for _ in range(3):
+            trainers.start_soon(take)
+    assert len({seat.out_region for seat in seats}) == 1
+    assert len({seat.in_region for seat in seats}) == 3
+
+
+async def test_a_run_that_ends_while_someone_attaches_begins_anew(
+    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (daemon,) = await daemons(Swarm(nursery), 1)
+    first = await attach(daemon)
+    make = Region.make
+
+    async def make_slowly(n_bytes: int) -> Region:
+        first.close()
+        return await make(n_bytes)
+
+    monkeypatch.setattr(Region, "make", make_slowly)
+    seat = await attach(daemon)
+    assert seat.out_region is not first.out_region
+    assert seat.out_region.view.nbytes == 16
+    assert [run["trainers"] for run in ask(daemon, "status")["runs"]] == [1]
+
+
+@pytest.mark.parametrize("moment", [Region, OutRegion])
+@pytest.mark.parametrize("end", ["cancelled", "no memory"])
+async def test_an_attachment_that_does_not_come_about_leaves_nothing(
+    moment: type[Region], end: str, nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (daemon,) = await daemons(Swarm(nursery), 1)
+    gc.collect()  # of what other tests left open
+    before = os.listdir("/proc/self/fd")
+
+    async def fail(n_bytes: int) -> Region:
+        scope.cancel()
+        await trio.lowlevel.checkpoint()
+        raise AssertionError("went on after it was cancelled")
+
+    async def refuse(n_bytes: int) -> Region:
+        raise LocalError("no memory")
+
+    with trio.CancelScope() as scope, monkeypatch.context() as patch:
+        patch.setattr(moment, "make", fail if end == "cancelled" else refuse)
+        with contextlib.suppress(LocalError):
+            await attach(daemon)
+    assert os.listdir("/proc/self/fd") == before
+    assert ask(daemon, "status")["runs"] == []
+    assert (await attach(daemon)).in_region.n_bytes == 16
+
+
+async def test_many_tensors_are_worked_out_elsewhere(
+    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = []
+
+    async def run_sync(function: Callable[[], Any]) -> Any:
+        elsewhere.append(function)
+        return function()
+
+    (daemon,) = await daemons(Swarm(nursery), 1)
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+    tensors = tuple(TensorSpec(f"w{i}", "float32", (1,)) for i in range(5001))
+    for some in (tensors[:-1], tensors):
+        seat = await daemon.runs.attach(Attach(f"{len(some)} tensors", some, 16, 1, "raw", "mean"), "trainer")
+        assert seat.in_region.n_bytes == len(some) * 4
+    assert len(elsewhere) == 1
+
+
 async def test_leaving_waits_for_the_step_in_progress(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     (daemon,) = await daemons(Swarm(nursery), 1)
-    seat = attach(daemon)
+    seat = await attach(daemon)
     with trio.fail_after(0.1):
         await daemon.runs.wait_idle()
     began = trio.current_time()
@@ -193,8 +275,8 @@ async def test_leaving_waits_for_the_step_in_progress(nursery: trio.Nursery, aut
 async def test_the_status_describes_each_run(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     one, other = await daemons(Swarm(nursery), 2)
     one.runs.status = lambda: {"peer_id": show_peer(one.own), "version": "1"}
-    seats = [attach(one), attach(other)]
-    attach(one)
+    seats = [await attach(one), await attach(other)]
+    await attach(one)
     (before,) = ask(one, "status")["runs"]
     assert (before["shape"], before["key"], before["phase"]) == ([], [], 0)
     await together(seats, [1, 2])
@@ -209,8 +291,8 @@ async def test_the_status_describes_each_run(nursery: trio.Nursery, autojump_clo
 
 async def test_the_status_names_peers_with_other_terms(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     one, other = await daemons(Swarm(nursery), 2)
-    attach(one, n_elems=4)
-    attach(other, n_elems=8)
+    await attach(one, n_elems=4)
+    await attach(other, n_elems=8)
     await pass_time(2)
     (run,) = ask(one, "status")["runs"]
     assert run["other_terms"] == {show_peer(other.own): "tensor 'layer.weight' is float32[4] here, float32[8] there"}
@@ -220,7 +302,7 @@ async def test_rounds_are_told_by_run_newest_last_and_outlive_their_run(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     one, other = await daemons(Swarm(nursery), 2)
-    seats = {name: [attach(one, name), attach(other, name)] for name in "ab"}
+    seats = {name: [await attach(one, name), await attach(other, name)] for name in "ab"}
     for name in "aab":
         await together(seats[name], [1, 2])
     assert [record["run"] for record in ask(one, "rounds")] == ["a", "a", "b"]
@@ -247,8 +329,8 @@ async def test_peers_and_nonsense_can_be_asked_for(nursery: trio.Nursery, autoju
 async def linked(nursery: trio.Nursery, *, n: int = 2) -> tuple[FakeDaemon, FakeDaemon, Any, Any]:
     """Return two daemons in one run, and the link of the second to the first and back."""
     one, other = await daemons(Swarm(nursery), n)
-    attach(one)
-    attach(other)
+    await attach(one)
+    await attach(other)
     await pass_time(2.5)
     return one, other, other.peers.get(one.own), one.peers.get(other.own)
 
@@ -282,8 +364,8 @@ async def test_a_begin_for_a_run_that_is_not_here_is_refused(nursery: trio.Nurse
 @pytest.mark.parametrize(
     "message",
     [
-        Hello(1, peer(1), b"i" * 16, "192.0.2.1", 1),
-        DataAccept(b"c" * 16),
+        Hello(2, b"i" * 16, "192.0.2.1", 1),
+        DataAccept(b"c" * 16, bytes(32), "aes-256-gcm"),
     ],
 )
 async def test_what_may_not_be_said_on_a_link_ends_it(
@@ -309,8 +391,8 @@ async def test_other_messages_for_nobody_are_dropped(nursery: trio.Nursery, auto
 
 async def test_goodbyes_and_broken_links_reach_every_run(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     one, other, there, _ = await linked(nursery)
-    attach(one, "second")
-    attach(other, "second")
+    await attach(one, "second")
+    await attach(other, "second")
     await pass_time(3)
     lobbies = [one.runs._runs[name].lobby for name in ("run", "second")]
     assert all(lobby.company == [other.own] for lobby in lobbies)
@@ -339,8 +421,8 @@ async def test_a_daemon_that_does_not_know_whether_it_can_be_dialled_asks(
     swarm = Swarm(nursery)
     one, other = await daemons(swarm, 2)
     one.peers.is_reachable = False
-    attach(one)
-    attach(other)
+    await attach(one)
+    await attach(other)
     await pass_time(2)
     assert DialBack(one.peers.endpoint.port) in one.peers.get(other.own).said
     assert DialledBack(False, "192.0.2.1") in other.peers.get(one.own).said or one.peers.is_reachable

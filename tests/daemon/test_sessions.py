@@ -8,6 +8,7 @@ succeeded hold the same bytes, and is anything left behind on links or in memory
 
 import contextlib
 import gc
+import socket
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -20,14 +21,15 @@ import trio.testing
 from daemon_helpers import HANG_S, ROUND, Node, Parcel, Recorder, record, start_node
 
 from mpd.codecs import codec_named
-from mpd.daemon.links import Landing, Link
+from mpd.daemon.links import MAX_REPAIRS, Landing, Link
 from mpd.daemon.sessions import RoundResult, RoundSession, Sessions
 from mpd.daemon.vault import RegionVault
 from mpd.layout import ITEM_BYTES, Segment
 from mpd.messages import EXCHANGE, Begin, Commit, Done, Few, Member, Need, NewPlan, Scoped, UnknownRound, Want
 from mpd.reduce import AccumulatorPool, as_array, bf16_from_f32, members_of
 from mpd.schedule import chunks
-from mpd.wire import Header, Kind
+from mpd.seal import NO_SEAL, TAG_BYTES
+from mpd.wire import Header, Kind, unpack_header
 
 UNSET = 0x5A
 MIB = 1 << 20
@@ -77,6 +79,9 @@ class Hearing(Recorder):
                 self.on_begin(message)
         super().on_message(link, message)
 
+    def expects(self, link: Link, header: Header) -> bool:
+        return self.sessions.expects(link, header)
+
     async def landing(self, link: Link, header: Header) -> Landing | None:
         self.note("header", header)
         self.hook(link, header)
@@ -93,6 +98,9 @@ class Played(Recorder):
     def __init__(self) -> None:
         super().__init__()
         self.may_read = trio.Event()
+
+    def expects(self, link: Link, header: Header) -> bool:
+        return True
 
     async def landing(self, link: Link, header: Header) -> Landing | None:
         await self.may_read.wait()
@@ -115,12 +123,13 @@ class Swarm:
         self.out = [bytearray([UNSET]) * (n_elems * ITEM_BYTES[dtype]) for _ in nodes]
         self.inputs = [values_of(i, n_elems, dtype) for i in range(len(nodes))]
         self._refs: list[weakref.ref[RoundSession]] = []
+        number = {node.own: i for i, node in enumerate(nodes)}
         for i, node in enumerate(nodes):
             if isinstance(node.events, Played):
                 continue
             node.events.sessions = Sessions(node.peers)
             node.events.on_begin = lambda begin, i=i: self.join(i, begin)
-            node.events.hook = lambda link, header, i=i: self.hook(i, link.peer[0], header)
+            node.events.hook = lambda link, header, i=i: self.hook(i, number.get(link.peer, -1), header)
 
     def begin(
         self,
@@ -204,6 +213,11 @@ class Swarm:
         for link in self.nodes[member].peers.links():
             link.close("cut by the test")
 
+    def traffic(self, member: int, peer: int) -> tuple[int, int]:
+        """Return the bytes that `member` has sent to `peer` and received from it."""
+        link = self.nodes[member].peers.get(self.nodes[peer].own)
+        return (link.bytes_sent, link.bytes_received) if link is not None else (0, 0)
+
     def plan_of(self, begin: Begin) -> tuple[Any, ...]:
         return chunks([Segment(self.dtype, 0, self.n_elems)], [m.fraction for m in begin.members], begin.chunk_bytes)
 
@@ -241,6 +255,7 @@ async def swarm(
     codec: str = "raw",
     outbound_only: Sequence[int] = (),
     played: Sequence[int] = (),
+    sealed: bool = True,
 ) -> AsyncIterator[Swarm]:
     with trio.fail_after(HANG_S):
         async with trio.open_nursery() as nursery:
@@ -248,6 +263,8 @@ async def swarm(
                 await start_node(nursery, i, Played() if i in played else Hearing(), outbound_only=i in outbound_only)
                 for i in range(n)
             ]
+            for node in nodes:
+                node.peers.suites = node.peers.suites if sealed else (NO_SEAL,)
             yield Swarm(nursery, nodes, n_elems, dtype, codec)
             nursery.cancel_scope.cancel()
 
@@ -262,7 +279,7 @@ def jumping_clock() -> trio.testing.MockClock:
     return trio.testing.MockClock(autojump_threshold=0.005)
 
 
-# -------------------------------------------------------------------------------------------------- nothing goes wrong
+# --------------------------------------------------------------------------------------------------- nothing goes wrong
 
 
 @pytest.mark.parametrize(
@@ -360,7 +377,7 @@ async def test_whoever_cannot_be_called_takes_part_and_reduces_nothing() -> None
         s.expect_nothing_left()
 
 
-# --------------------------------------------------------------------------------------------------- somebody is lost
+# ----------------------------------------------------------------------------------------------------- somebody is lost
 
 
 def at_record(n: int, act: Callable[[], None], receiver: int, sender: int, kind: Kind) -> Hook:
@@ -375,6 +392,40 @@ def at_record(n: int, act: Callable[[], None], receiver: int, sender: int, kind:
                 act()
 
     return hook
+
+
+@pytest.mark.parametrize("kind", [Kind.PIECE, Kind.CHUNK])
+@pytest.mark.parametrize(("n_elems", "dtype", "codec"), [(400_000, "float32", "raw"), (400_000, "bfloat16", "zstd")])
+@pytest.mark.parametrize("sealed", [True, False])
+async def test_a_data_connection_that_is_cut_costs_the_round_nothing(
+    kind: Kind, n_elems: int, dtype: str, codec: str, sealed: bool
+) -> None:
+    async with swarm(3, n_elems, dtype, codec, sealed=sealed) as s:
+        begin = s.begin()
+
+        def cut() -> None:
+            link = s.nodes[0].peers.get(s.nodes[2].own)
+            assert link is not None
+            assert link._channel is not None
+            link._channel._sock.shutdown(socket.SHUT_RDWR)
+
+        s.hook = at_record(2, cut, receiver=0, sender=2, kind=kind)
+        await s.run(begin)
+        s.expect_success(0, 1, 2, contributors=0b111)
+        s.expect_means(begin, 0)
+        assert [node.events.reasons for node in s.nodes] == [[], [], []]
+        s.expect_nothing_left()
+
+
+async def test_each_round_brings_its_links_new_patience() -> None:
+    async with swarm(2, 1000) as pair:
+        links = [await pair.nodes[0].peers.link(pair.nodes[1].own, pair.nodes[1].endpoint)]
+        await pair.nodes[1].events.until(lambda: pair.nodes[1].peers.links())
+        links += pair.nodes[1].peers.links()
+        for link in links:
+            link.repairs_left = 0
+        await pair.run()
+        assert [link.repairs_left for link in links] == [MAX_REPAIRS] * 2
 
 
 @pytest.mark.parametrize("n_th", [1, 2, 4])
@@ -621,6 +672,31 @@ async def test_what_came_before_the_beginning_is_forgotten_with_its_link() -> No
         assert ended() is None
 
 
+async def test_nothing_follows_from_a_header_before_its_record_is_known_to_be_the_members() -> None:
+    """Whoever is on the path can write a header: that must not make a member leave, or us turn one away."""
+    async with swarm(3, 4) as s:
+        session = s.join(0, s.begin())
+        link = await s.nodes[0].peers.link(s.nodes[1].own, s.nodes[1].endpoint)
+        sessions = s.nodes[0].events.sessions
+        bye = await sessions.landing(link, unpack_header(record(0, kind=Kind.BYE)))
+        sessions.refuse(b"n" * 16)
+        stray = await sessions.landing(link, unpack_header(record(100, round_id=b"n" * 16)))
+        early = await sessions.landing(link, unpack_header(record(0, kind=Kind.BYE, round_id=b"m" * 16)))
+        for landing in (bye, stray, early):
+            assert landing is not None
+            landing.abandon()
+        await until_quiet()
+        assert session.left == set()
+        assert not [what for kind, what in s.nodes[1].events.log if kind == "header" and what.kind is Kind.BYE]
+        assert not sessions._held.get(link)
+        bye.complete(memoryview(b""))
+        early.complete(memoryview(b""))
+        assert session.left == {1}
+        assert len(sessions._held[link]) == 1
+        session.cancel("enough")
+        await s.until_ended(0)
+
+
 async def test_late_records_of_a_round_that_is_over_are_answered_and_forgotten() -> None:
     async with swarm(2, 4) as s:
         await s.run()
@@ -653,7 +729,7 @@ async def test_records_of_an_unknown_round_wait_for_a_moment_and_are_dropped(
         assert link.up
 
 
-# ---------------------------------------------------------------------------------------------------- hostile members
+# ------------------------------------------------------------------------------------------------------ hostile members
 
 
 def piece_header(s: Swarm, begin: Begin, **wrong: int) -> bytes:
@@ -767,7 +843,7 @@ async def test_a_leader_cannot_make_links_end_at_once_or_never(progress_s: float
             assert all(0.1 <= link.patience_s <= 60 for link in node.peers.links())
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 BIG = 4 * MIB  # four chunks of this do not fit into the buffers of a connection that nobody reads
@@ -780,12 +856,12 @@ def big_result(version: int, chunk: int, value: float) -> tuple[bytes, bytes]:
 
 
 @contextlib.asynccontextmanager
-async def played_round(n: int, n_chunks: int) -> AsyncIterator[tuple[Swarm, list[Link]]]:
+async def played_round(n: int, n_chunks: int, sealed: bool = False) -> AsyncIterator[tuple[Swarm, list[Link]]]:
     """Let member 0 be in a round in which the test plays the others; yield also their links to it.
 
-    Member 1 owns all chunks.
+    Member 1 owns all chunks. Records travel in the clear, so that half of one can be sent, unless they are `sealed`.
     """
-    async with swarm(n, n_chunks * BIG // 4, played=range(1, n)) as s:
+    async with swarm(n, n_chunks * BIG // 4, played=range(1, n), sealed=sealed) as s:
         links = [await s.nodes[i].peers.link(s.nodes[0].own, s.nodes[0].endpoint) for i in range(1, n)]
         session = s.join(0, s.begin(chunk_bytes=BIG, fractions=[0.0, 1.0, 0.0][:n]))
         yield s, links
@@ -812,6 +888,52 @@ async def test_results_are_received_straight_into_their_place() -> None:
         await until(lambda: s.out[0] == first)
 
 
+async def test_a_sealed_result_is_not_in_its_place_before_it_has_opened() -> None:
+    async with played_round(2, 1, sealed=True) as (s, (link,)):
+        machine = s.sessions[0].exchange
+        before, (head, payload) = bytes(s.out[0]), big_result(0, 0, 1.0)
+        seen: list[bool] = []
+        s.hook = lambda receiver, sender, header: seen.append(bytes(s.out[0]) == before)
+        link.ship(Forged(head, payload))
+        await until(lambda: s.traffic(0, 1)[1] > BIG // 2)
+        seen.append(machine.holds(0, 0) or bytes(s.out[0]) == before)
+        await until(lambda: machine.holds(0, 0))
+        assert all(seen)
+        assert len(seen) == 2
+        assert s.out[0] == payload
+
+
+async def test_a_result_that_is_held_is_touched_by_no_other_whether_it_opens_or_not() -> None:
+    """Deciphering writes before it knows whether the record is genuine."""
+    async with played_round(2, 2, sealed=True) as (s, (link,)):
+        machine, here = s.sessions[0].exchange, s.nodes[0].events
+        head, first = big_result(0, 0, 1.0)
+        link.ship(Forged(head, first))
+        await until(lambda: machine.holds(0, 0))
+        link.ship(Forged(head, big_result(0, 0, 2.0)[1]))
+        link.ship(Forged(record(0, round_id=b"n" * 16)))  # behind it, to know when it has come
+        here.sessions.refuse(b"n" * 16)
+        await here.until(lambda: [what for kind, what in here.log if kind == "header" and what.round_id == b"n" * 16])
+        assert s.out[0][:BIG] == first
+        await inject(link, head + bytes(BIG + TAG_BYTES))
+        end = s.nodes[0].peers.get(s.nodes[1].own)
+        assert end is not None
+        await until(lambda: end.bad_records)
+        assert s.out[0][:BIG] == first
+        assert end.up
+
+
+async def inject(link: Link, forged: bytes) -> None:
+    """Put bytes on the data connection of an idle link, as somebody on the path can."""
+    assert link._channel is not None
+    sock, rest = link._channel._sock, memoryview(forged)
+    while rest:
+        try:
+            rest = rest[sock.send(rest) :]
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(sock)
+
+
 async def test_a_newer_version_does_not_touch_the_one_that_is_held_until_it_is_whole() -> None:
     """Others may still want the older one, and a plan may go back to it."""
     async with played_round(3, 2) as (s, (link, _)):
@@ -825,7 +947,7 @@ async def test_a_newer_version_does_not_touch_the_one_that_is_held_until_it_is_w
         head, second = big_result(1, 0, 2.0)
         link.ship(Forged(head, second[: BIG // 2]))
         n_bytes = len(head) + BIG // 2
-        await until(lambda: s.nodes[0].peers.get(s.nodes[1].own).bytes_received == len(head) + BIG + n_bytes)
+        await until(lambda: s.traffic(0, 1)[1] == len(head) + BIG + n_bytes)
         assert s.out[0][:BIG] == first
         link.ship(Forged(b"", second[BIG // 2 :]))
         await until(lambda: machine.holds(0, 1))
@@ -841,7 +963,7 @@ async def test_of_two_results_under_way_the_first_that_is_whole_counts() -> None
         quick.ship(Forged(*big_result(0, 0, 2.0)))
         await until(lambda: machine.holds(0, 0))
         slow.ship(Forged(b"", first[BIG // 2 :]))
-        await until(lambda: s.nodes[0].peers.get(s.nodes[1].own).bytes_received == len(head) + BIG)
+        await until(lambda: s.traffic(0, 1)[1] == len(head) + BIG)
         await until_quiet()
         assert s.out[0][:BIG] == big_result(0, 0, 2.0)[1]
 
@@ -854,7 +976,7 @@ async def test_a_result_that_is_being_sent_is_sent_to_its_end_although_a_newer_o
             link.ship(Forged(*big_result(0, chunk, 1.0)))
         await until(lambda: all(machine.holds(chunk, 0) for chunk in range(n_chunks)))
         reader.send(Scoped(ROUND, EXCHANGE.encode(Want(0, tuple((chunk, 0) for chunk in range(n_chunks))))))
-        await until(lambda: s.nodes[0].peers.get(s.nodes[2].own).bytes_sent)
+        await until(lambda: s.traffic(0, 2)[0])
         await until_quiet()
         changes = tuple((chunk, 1, 1) for chunk in range(n_chunks))
         new_plan = Scoped(ROUND, EXCHANGE.encode(NewPlan(1, 0b011, changes, ())))
@@ -878,7 +1000,7 @@ async def test_a_piece_that_is_being_sent_is_sent_to_its_end_although_the_inputs
     n_chunks = 5
     async with played_round(2, n_chunks) as (s, (link,)):
         session, before = s.sessions[0], bytes(s.inputs[0])
-        await until(lambda: s.nodes[0].peers.get(s.nodes[1].own).bytes_sent)
+        await until(lambda: s.traffic(0, 1)[0])
         await until_quiet()
         for chunk in range(n_chunks):
             link.ship(Forged(*big_result(0, chunk, 1.0)))

@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from mpd.daemon.state import StateDir, open_state_dir, own_id
-from mpd.errors import Fatal
-from mpd.ids import peer_id_of
+import mpd.daemon.state
+from mpd.daemon.state import StateDir, make_state_dir, open_state_dir, own_id, writing
+from mpd.errors import Fatal, LocalError
+from mpd.ids import Endpoint, peer_id_of
 
 PEM = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8)
 
@@ -69,7 +71,7 @@ def test_the_key_is_made_once_and_for_its_owner_only(path: Path) -> None:
         assert raw(state.load_key()) == raw(key)
     assert mode(path / "key.pem") == 0o600
     assert mode(path) == 0o700
-    assert sorted(file.name for file in path.iterdir()) == ["key.pem", "lock"]
+    assert sorted(file.name for file in path.iterdir()) == ["key.pem", "lock", "lock.files"]
 
 
 def test_every_machine_has_a_key_of_its_own(tmp_path: Path) -> None:
@@ -120,7 +122,14 @@ def test_a_key_that_cannot_be_read_is_fatal(state: StateDir) -> None:
 def test_no_room_for_a_key_is_fatal_and_leaves_none_behind(tmp_path: Path) -> None:
     with pytest.raises(Fatal, match=r"key\.pem cannot be read or made: No space left on device"):
         StateDir(tmp_path).load_key()
-    assert list(tmp_path.iterdir()) == []
+    assert {file.name for file in tmp_path.iterdir()} <= {"lock.files"}
+
+
+def test_a_daemon_and_a_command_that_start_at_once_make_one_key(path: Path) -> None:
+    make_state_dir(path)
+    with ThreadPoolExecutor(8) as pool:
+        keys = {raw(key) for key in pool.map(lambda _: StateDir(path).load_key(), range(8))}
+    assert len(keys) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- port
@@ -153,6 +162,24 @@ def test_on_a_full_disk_the_old_port_stays(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["port"]
 
 
+# ----------------------------------------------------------------------------------------------------------- announced
+
+
+def test_the_announced_address_is_remembered(path: Path) -> None:
+    with open_state_dir(path) as state:
+        assert state.last_announced() is None
+        for endpoint in (Endpoint("peer.example", 4747), Endpoint("2001:db8::7", 1), Endpoint("2001:db8::7", 1)):
+            state.remember_announced(endpoint)
+            assert state.last_announced() == endpoint
+    assert make_state_dir(path).last_announced() == Endpoint("2001:db8::7", 1)
+
+
+@pytest.mark.parametrize("junk", [b"", b"nowhere", b"a:b", b"192.0.2.1:0", b"\xff\xfe", b"9" * 5000])
+def test_a_junk_address_is_none(state: StateDir, junk: bytes) -> None:
+    (state.path / "announced").write_bytes(junk)
+    assert state.last_announced() is None
+
+
 # ---------------------------------------------------------------------------------------------------------------- lock
 
 
@@ -181,3 +208,15 @@ def test_a_file_in_the_way_is_fatal(tmp_path: Path, below: str) -> None:
     ):
         pass
     assert (tmp_path / "file").read_text() == "weights"
+
+
+def test_a_command_waits_for_its_turn_to_write_and_not_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpd.daemon.state, "_WRITERS_PAUSE_S", 0.0)
+    make_state_dir(path)
+    with writing(path):
+        with pytest.raises(LocalError, match=r"another process does not let go of .*lock\.files"), writing(path):
+            pass
+        with open_state_dir(path):  # the daemon's own lock is another one
+            pass
+    with writing(path):
+        assert mode(path / "lock.files") == 0o600

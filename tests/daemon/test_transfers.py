@@ -1,13 +1,20 @@
-"""Records on their way in and out: what they do to memory, and to the machine of their round."""
+"""Records on their way in and out: what they do to memory and to the machine of their round, and how they queue.
+
+Strategy: the queue is tried against a model of a receiver that counts, with losses wherever they may happen.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import trio
+from daemon_helpers import Parcel
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mpd.daemon.transfers import Arrival, Bye, Departure, StagePool
+from mpd.daemon.transfers import Arrival, Bye, Departure, Notice, Outbox
 from mpd.daemon.vault import IN_PLACE
+from mpd.errors import PeerError
 from mpd.exchange import SendPiece, SendResult
 from mpd.ids import RoundId
 from mpd.schedule import Chunk
@@ -57,7 +64,6 @@ class Session:
 
     exchange: Machine = field(default_factory=Machine)
     vault: Vault = field(default_factory=Vault)
-    stages: StagePool = field(default_factory=StagePool)
     landings: dict[int, Arrival] = field(default_factory=dict)
     left: set[int] = field(default_factory=set)
     gone: trio.Event = field(default_factory=trio.Event)
@@ -74,15 +80,17 @@ def header(kind: Kind, length: int = 100) -> Header:
 
 
 def staged(session: Session, kind: Kind) -> Arrival:
-    return Arrival(session, 1, header(kind), session.stages.take(100))
+    return Arrival(session, 1, header(kind))
 
 
 def in_place(session: Session, slot: bytearray) -> Arrival:
-    session.landings[0] = Arrival(session, 1, header(Kind.CHUNK), memoryview(slot), in_place=True)
+    session.landings[0] = Arrival(session, 1, header(Kind.CHUNK), memoryview(slot))
     return session.landings[0]
 
 
-# ---------------------------------------------------------------------------------------------------------- arrivals
+PAYLOAD = memoryview(bytes(range(100)))
+
+# ------------------------------------------------------------------------------------------------------------- arrivals
 
 
 @pytest.mark.parametrize(
@@ -91,34 +99,48 @@ def in_place(session: Session, slot: bytearray) -> Arrival:
 async def test_a_record_is_handed_in_when_it_is_whole(kind: Kind, heard: tuple[Any, ...]) -> None:
     session = Session()
     arrival = staged(session, kind)
-    arrival.view[:] = bytes(range(100))
+    assert arrival.view is None
     arrival.progress()
     assert session.exchange.n_progress == 1
     assert session.exchange.heard == []
-    payload = arrival.view
-    arrival.complete()
-    assert session.exchange.heard == [(*heard, payload)]
+    arrival.complete(PAYLOAD)
+    assert session.exchange.heard == [(*heard, PAYLOAD)]
     assert session.bytes_received == HEADER_BYTES + 100
 
 
 async def test_a_result_in_place_is_handed_in_as_such_and_leaves_its_slot_free_for_the_next() -> None:
     session, slot = Session(), bytearray(100)
     arrival = in_place(session, slot)
-    arrival.complete()
+    assert arrival.view is not None
+    assert arrival.view.obj is slot
+    arrival.complete(arrival.view)
     assert session.exchange.heard == [("result", 1, 0, 3, 0b101, IN_PLACE)]
     assert session.landings == {}
 
 
 async def test_after_its_slot_was_taken_a_record_goes_nowhere() -> None:
-    session, slot = Session(), bytearray(100)
-    arrival = in_place(session, slot)
-    arrival.view[:40] = b"\1" * 40
+    session = Session()
+    arrival = in_place(session, bytearray(100))
+    del session.landings[0]  # as the session does it
     arrival.revoke()
-    arrival.view[40:] = b"\2" * 60
-    arrival.complete()
-    assert bytes(slot) == b"\1" * 40 + bytes(60)
+    assert arrival.view is None
+    arrival.complete(PAYLOAD)
     assert session.exchange.heard == []
     assert session.bytes_received == HEADER_BYTES + 100
+
+
+async def test_a_record_that_is_given_up_leaves_its_slot_to_the_next() -> None:
+    """Or a result that was lost on its way would keep its own repetition out of its place."""
+    session = Session()
+    in_place(session, bytearray(100)).abandon()
+    assert session.landings == {}
+    arrival = in_place(session, bytearray(100))
+    del session.landings[0]
+    arrival.revoke()
+    arrival.abandon()
+    staged(session, Kind.PIECE).abandon()
+    assert session.exchange.heard == []
+    assert session.bytes_received == 0
 
 
 @pytest.mark.parametrize("why", ["its sender left", "the round is gone"])
@@ -132,41 +154,21 @@ async def test_a_record_that_comes_too_late_is_dropped(why: str, kind: Kind) -> 
         assert session.exchange.n_progress == 0
     else:
         session.gone.set()
-    arrival.complete()
+    arrival.complete(PAYLOAD)
     assert session.exchange.heard == []
 
 
-async def test_stages_are_used_again_once_their_record_is_done() -> None:
-    session = Session()
-    first = staged(session, Kind.PIECE)
-    second = staged(session, Kind.PIECE)
-    assert first.view.obj is not second.view.obj
-    memory = first.view.obj
-    first.complete()
-    assert staged(session, Kind.CHUNK).view.obj is memory
+def test_a_notice_counts_when_it_has_come_and_not_before() -> None:
+    came: list[str] = []
+    notice = Notice(lambda: came.append("it"))
+    notice.progress()
+    notice.abandon()
+    assert (notice.view, came) == (None, [])
+    notice.complete(memoryview(b""))
+    assert came == ["it"]
 
 
-@pytest.mark.parametrize("n_bytes", [0, 1, 4096, 4097, 65536, 1_000_000])
-def test_a_stage_has_the_size_that_was_asked_for_whatever_it_was_before(n_bytes: int) -> None:
-    pool = StagePool()
-    for size in (n_bytes, max(0, n_bytes - 1), n_bytes + 1):
-        view = pool.take(size)
-        assert len(view) == size
-        pool.give(view)
-    assert len(pool.take(n_bytes)) == n_bytes
-
-
-def test_the_pool_does_not_keep_everything_that_it_is_given() -> None:
-    pool = StagePool()
-    given = [pool.take(100) for _ in range(100)]
-    for view in given:
-        pool.give(view)
-    memory = {id(view.obj) for view in given}
-    kept = sum(id(pool.take(100).obj) in memory for _ in range(100))
-    assert 0 < kept <= 32
-
-
-# --------------------------------------------------------------------------------------------------------- departures
+# ----------------------------------------------------------------------------------------------------------- departures
 
 
 @pytest.mark.parametrize(
@@ -198,3 +200,111 @@ def test_a_goodbye_belongs_to_nobody_so_it_outlives_its_round() -> None:
     head, payload = bye.load()
     assert unpack_header(head) == Header(Kind.BYE, 0, 0, 0, 0, 0, ROUND, 0)
     assert len(payload) == 0
+    assert bye.n_bytes() == HEADER_BYTES
+
+
+# ------------------------------------------------------------------------------------------------------------ the queue
+
+
+def parcels(n: int, owner: object) -> list[Parcel]:
+    return [Parcel(b"", chunk=i, owner=owner) for i in range(n)]
+
+
+def depart(outbox: Outbox, n: int) -> list[Any]:
+    """Send the next `n` records."""
+    taken = []
+    for _ in range(n):
+        taken.append(outbox.take())
+        outbox.departs(taken[-1])
+    return taken
+
+
+def test_records_leave_in_the_order_in_which_they_were_put() -> None:
+    outbox, sent = Outbox(), parcels(3, object())
+    assert not outbox
+    for parcel in sent:
+        outbox.put(parcel)
+    assert outbox
+    assert outbox.of(sent[0].owner) == sent
+    assert depart(outbox, 3) == sent
+    assert not outbox
+    assert outbox.n_sent == 3
+
+
+def test_what_has_not_arrived_leaves_again_before_everything_else() -> None:
+    outbox, sent = Outbox(), parcels(6, object())
+    for parcel in sent:
+        outbox.put(parcel)
+    depart(outbox, 4)
+    outbox.resume(1)
+    assert outbox.n_sent == 1
+    assert depart(outbox, 5) == sent[1:]
+    assert outbox.n_sent == 6
+    outbox.resume(6)
+    assert not outbox
+
+
+def test_numbers_are_those_of_the_receiver_whatever_was_dropped() -> None:
+    outbox, mine, other = Outbox(), parcels(4, object()), parcels(4, object())
+    for pair in zip(mine, other, strict=True):
+        for parcel in pair:
+            outbox.put(parcel)
+    depart(outbox, 6)
+    outbox.drop(mine[0].owner)
+    outbox.resume(3)  # two of mine and one of the others have arrived
+    assert depart(outbox, 3) == other[1:]
+    assert outbox.n_sent == 6
+
+
+@pytest.mark.parametrize("n_received", [-1, 1, 5, 1 << 62])
+def test_a_count_that_cannot_be_is_the_fault_of_the_peer(n_received: int) -> None:
+    outbox = Outbox()
+    for parcel in parcels(5, object()):
+        outbox.put(parcel)
+    depart(outbox, 3)
+    outbox.resume(2)
+    depart(outbox, 2)
+    with pytest.raises(PeerError, match="2 to 4 are possible"):
+        outbox.resume(n_received)
+
+
+def test_of_the_goodbyes_that_nobody_owns_only_the_last_are_kept() -> None:
+    outbox, owned = Outbox(), parcels(1, object())
+    byes = parcels(200, None)
+    for parcel in owned + byes:
+        outbox.put(parcel)
+    depart(outbox, 201)
+    outbox.resume(0)
+    kept = []
+    while outbox:
+        kept.append(outbox.take())
+    assert kept == owned + byes[-64:]
+
+
+@given(
+    st.lists(st.one_of(st.integers(1, 5), st.sampled_from(["lose all", "lose some", "drop"])), max_size=30), st.data()
+)
+def test_however_connections_break_each_record_arrives_once_and_in_order(steps: list[Any], data: Any) -> None:
+    """The receiver knows nothing but how many records it has."""
+    outbox, keep, drop = Outbox(), object(), object()
+    on_the_way: list[Any] = []
+    arrived: list[Any] = []
+    put: list[Any] = []
+    for step in [*steps, "lose some"]:
+        if isinstance(step, int):
+            for chunk in range(len(put), len(put) + step):
+                put.append(Parcel(b"", chunk=chunk, owner=(keep, drop)[chunk % 2]))
+                outbox.put(put[-1])
+            on_the_way += depart(outbox, data.draw(st.integers(0, len(outbox.of(keep) + outbox.of(drop)))))
+        elif step == "drop":
+            outbox.drop(drop)
+        else:
+            n_arrived = 0 if step == "lose all" else data.draw(st.integers(0, len(on_the_way)))
+            arrived += on_the_way[:n_arrived]
+            on_the_way.clear()
+            outbox.resume(len(arrived))
+    while outbox:
+        arrived += depart(outbox, 1)
+    assert [p for p in arrived if p.owner is keep] == [p for p in put if p.owner is keep]
+    assert len({id(p) for p in arrived}) == len(arrived)
+    assert [p.chunk for p in arrived] == sorted(p.chunk for p in arrived)

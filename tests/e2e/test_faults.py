@@ -5,7 +5,6 @@ A daemon is killed once it has moved a given part of its round's bytes. That is 
 proves nothing, and the test starts the daemon again and tries a vector of twice the size, until the kill has hit.
 """
 
-import itertools
 import os
 import subprocess
 import sys
@@ -18,10 +17,10 @@ import torch
 from e2e_swarm import (
     ENVIRONMENT,
     STEP_S,
-    Array,
     DaemonProcess,
     Swarm,
     averagers,
+    contributors_of,
     eventually,
     moved_bytes,
     new_run,
@@ -58,19 +57,6 @@ def nothing_in_dev_shm() -> Iterator[None]:
     before = set(os.listdir("/dev/shm"))
     yield
     eventually(lambda: set(os.listdir("/dev/shm")) <= before, "what appeared in /dev/shm goes away")
-
-
-def contributors_of(vector: Array, n: int) -> list[frozenset[int]]:
-    """Return the sets of peers whose means the elements are, one for each stretch of equal elements."""
-    starts = np.concatenate([[0], np.flatnonzero(vector[1:] != vector[:-1]) + 1])
-    subsets = [frozenset(s) for size in range(1, n + 1) for s in itertools.combinations(range(n), size)]
-    means = np.array([sum(2.0**i for i in subset) / len(subset) for subset in subsets])
-    found = []
-    for value in vector[starts]:
-        nearest = int(np.argmin(np.abs(means - value)))
-        assert abs(means[nearest] - value) < 1e-6 * value, f"{value} is the mean of nobody"
-        found.append(subsets[nearest])
-    return found
 
 
 class Round:
