@@ -19,6 +19,11 @@ PARSERS := $(addprefix tests/, \
 	core/test_seal.py core/test_vocabulary.py core/test_wire.py daemon/test_dht_gate.py daemon/test_dht_limits.py \
 	daemon/test_dht_messages.py daemon/test_dht_records.py daemon/test_swarm_store.py)
 
+# Tests whose numbers are larger with MPD_SOAK=1: the full figures of the tables in docs/security.md.
+SOAKS := $(addprefix tests/, \
+	daemon/test_clients.py daemon/test_dht_threats.py e2e/test_hostile_trainers.py e2e/test_private_swarm.py \
+	e2e/test_security_rows.py)
+
 .PHONY: help demo test check format bench fuzz soak docs clean
 .DELETE_ON_ERROR:
 
@@ -30,7 +35,7 @@ help:
 	@echo 'make docs     build the documentation into build/docs'
 	@echo 'make bench    measure rounds against other systems'
 	@echo 'make fuzz     try FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) inputs per property, search FUZZ_SECONDS=$(FUZZ_SECONDS) per parser'
-	@echo 'make soak     simulate SIM_SEEDS=$(SIM_SEEDS) seeded swarms with faults'
+	@echo 'make soak     simulate SIM_SEEDS=$(SIM_SEEDS) seeded swarms with faults, then every attack in full'
 	@echo 'make clean    remove build/, .venv and caches'
 
 # ----------------------------------------------------------------------------------------------- the virtual environment
@@ -99,6 +104,8 @@ fuzz: .venv/installed
 soak: .venv/installed
 	@echo 'Simulating $(SIM_SEEDS) swarms.'
 	@MPD_SIM_SEEDS=$(SIM_SEEDS) $(BIN)/pytest --timeout=0 tests/sim
+	@echo 'Trying every attack of docs/security.md as often as its table says; this takes about an hour.'
+	@MPD_SOAK=1 $(BIN)/pytest --timeout=0 $(SOAKS)
 
 clean:
 	@echo 'Removing build/, .venv and caches.'

@@ -66,7 +66,10 @@ _log = logging.getLogger("mpd")
 
 
 class Admitter:
-    """Answers those who ask to be let in. `pending` bounds how many may ask at once."""
+    """Answers those who ask to be let in. `pending` bounds how many requests are decided at once.
+
+    Whoever has not asked yet takes none of it: the door bounds connections, and silence must not keep others out.
+    """
 
     def __init__(self, swarm: Swarm, wall: Wall, pending: Budget) -> None:
         self._pending = pending
@@ -75,15 +78,11 @@ class Admitter:
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Serve one connection that has sent the greeting of admission; the caller closes it."""
-        if not self._pending.take():
-            return
         try:
             with trio.move_on_after(DEADLINE_S):
                 await self._serve(stream)
         except (PeerError, OSError, trio.BrokenResourceError) as error:
             _log.debug("admission: %s", why(error))
-        finally:
-            self._pending.give()
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         tls = await shake_hands(stream, self._swarm.admission_context(), alpn=ADMISSION_ALPN, server_side=True)
@@ -93,12 +92,20 @@ class Admitter:
         await talk.send(Card(self._swarm.root.public_bytes(Encoding.DER)))
         request = await talk.receive()
         public = raw_public(read_certificate(leaf))
-        # What is counted must also be answered if that is still possible, so the disk is waited for.
-        answer = await trio.to_thread.run_sync(self._decide, request, applicant, public)
+        answer = await self._decide_soon(request, applicant, public)
         if isinstance(answer, Refused):
             _log.info("refused to admit %s: %s", show_peer(applicant), answer.reason)
         await talk.send(answer)
         await tls.aclose()
+
+    async def _decide_soon(self, request: Any, applicant: PeerId, public: bytes) -> Admitted | Refused:
+        if not self._pending.take():
+            return Refused.because("the admitter is busy with others: try again in a moment")
+        try:
+            # What is counted must also be answered if that is still possible, so the disk is waited for.
+            return await trio.to_thread.run_sync(self._decide, request, applicant, public)
+        finally:
+            self._pending.give()
 
     def _decide(self, request: Any, applicant: PeerId, public: bytes) -> Admitted | Refused:
         """Answer `request` of the peer that has proved to hold the key `public`. Blocks on the disk."""

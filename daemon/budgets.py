@@ -206,7 +206,7 @@ class Budgets:
     links: Budget = field(default_factory=lambda: Budget(256))
     handshakes: Budget = field(default_factory=lambda: Budget(64))
     handshakes_per_address: KeyedBudget = field(default_factory=lambda: KeyedBudget(8))
-    admissions: Budget = field(default_factory=lambda: Budget(8))  # peers at the door with an invite
+    admissions: Budget = field(default_factory=lambda: Budget(8))  # requests to be let in, while they are decided
     dial_backs: Budget = field(default_factory=lambda: Budget(8))
     in_flight: ByteGate = field(default_factory=lambda: ByteGate(256 * MIB))
     # This machine. Questions have connections of their own: `mpd status` answers while every trainer's place is taken.

@@ -36,6 +36,8 @@ from mpd.wire import (
     unpack_header,
 )
 
+from .budgets import Budgets, ByteGate
+
 if TYPE_CHECKING:
     from .links import Landing
 
@@ -44,6 +46,8 @@ HELLO_S = 5.0  # a connection that has not proved itself by then is closed
 MAX_PENDING = 64  # handles that are waited for
 MAX_BAD_HELLOS = 8  # then the offer is withdrawn
 MAX_KEY_AGE_S = 24 * 3600.0
+_MIN_STAGE_BYTES = 4096
+_MAX_FREE_STAGES = 16  # kept of each size
 
 _HELLO = pack_header(Header(Kind.HELLO, 0, 0, 0, 0, 0, RoundId(bytes(16)), 0))
 _UNPROVED = "the data connection was closed before it was proved"
@@ -204,7 +208,8 @@ class Pending:
 class DataDoor:
     """Where the data connections that this daemon has accepted come in."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: "Stages | None" = None) -> None:
+        self.stages = stages if stages is not None else Stages(Budgets().in_flight)
         self._pending: dict[bytes, Pending] = {}
 
     @contextlib.contextmanager
@@ -245,19 +250,19 @@ class DataDoor:
         channel = None
         try:
             await stream.send_all(keys.hello())
-            channel = DataChannel(_socket_of(stream), keys)
+            channel = DataChannel(_socket_of(stream), keys, self.stages)
         finally:
             pending.settle(channel)
 
 
-async def dial_data(host: str, port: int, keys: DataKeys) -> "DataChannel":
+async def dial_data(host: str, port: int, keys: DataKeys, stages: "Stages") -> "DataChannel":
     """Open the data connection of `keys`; both ends have proved them when this returns. Raises OSError, PeerError."""
     stream = await trio.open_tcp_stream(host, port)
     try:
         await stream.send_all(data_greeting(keys.conn_id) + keys.hello())
         if not keys.is_hello(await _receive_exactly(stream, keys.n_hello_bytes)):
             raise PeerError("the data connection was answered by somebody who does not hold its keys")
-        return DataChannel(_socket_of(stream), keys)
+        return DataChannel(_socket_of(stream), keys, stages)
     except BaseException as error:
         keys.close()
         await trio.aclose_forcefully(stream)
@@ -300,10 +305,36 @@ def tune(sock: Any) -> None:
 # --------------------------------------------------------------------------------------------------------------- in use
 
 
+class Stages:
+    """Memory for records on their way in, which peers make us hold: what is out at once goes through `gate`.
+
+    It is used again, because touching fresh pages costs more than reading into them.
+    """
+
+    def __init__(self, gate: ByteGate) -> None:
+        self._gate = gate
+        self._free: dict[int, list[memoryview]] = {}
+
+    async def take(self, n_bytes: int) -> memoryview:
+        """Return a view of `n_bytes`, as soon as there is room. Cancelled: nothing was taken."""
+        capacity = max(_MIN_STAGE_BYTES, 1 << (n_bytes - 1).bit_length()) if n_bytes else _MIN_STAGE_BYTES
+        await self._gate.take(capacity)
+        free = self._free.get(capacity)
+        return (free.pop() if free else memoryview(bytearray(capacity)))[:n_bytes]
+
+    def give(self, view: memoryview) -> None:
+        """Take back what `take` has returned."""
+        whole = memoryview(view.obj)
+        self._gate.give(len(whole))
+        free = self._free.setdefault(len(whole), [])
+        if len(free) < _MAX_FREE_STAGES:
+            free.append(whole)
+
+
 class DataChannel:
     """A data connection that both ends have proved. At most one task sends and one receives."""
 
-    def __init__(self, sock: socket.socket, keys: DataKeys) -> None:
+    def __init__(self, sock: socket.socket, keys: DataKeys, stages: Stages) -> None:
         self.conn_id = keys.conn_id
         self.is_sealed = keys.rx is not None
         self.bytes_sent = 0
@@ -316,7 +347,9 @@ class DataChannel:
         self._head = memoryview(bytearray(HEADER_BYTES))
         self._n_head = 0  # how much of the next header has come with the last body
         self._aad = bytearray(HEADER_BYTES)  # the header of the record being received
-        self._tx_stage = self._rx_stage = memoryview(bytearray(0))
+        self._tx_stage = memoryview(bytearray(0))
+        self._stages = stages
+        self._rx_stage: memoryview | None = None
 
     @property
     def wear(self) -> float:
@@ -387,15 +420,14 @@ class DataChannel:
         return unpack_header(self._aad)
 
     async def receive_payload(self, n_bytes: int, landing: "Landing | None") -> memoryview:
-        """Return the payload behind the last header, at `landing.view` or, without one, valid until the next call.
+        """Return the payload behind the last header, at `landing.view` or, without one, valid until `release`.
 
         Sealed bytes are read into a private stage and touch nothing else before they open. Raises BadRecord if they do
         not, OSError if the connection ends.
         """
         n_wire = n_bytes + (TAG_BYTES if self.is_sealed else 0)
-        if len(self._rx_stage) < n_wire:
-            self._rx_stage = memoryview(bytearray(n_wire))
-        stage, view, got = self._rx_stage[:n_wire], self._rx_stage[:n_wire], 0
+        stage = view = self._rx_stage = await self._stages.take(n_wire)
+        got = 0
         while got < n_wire:
             if not self.is_sealed and landing is not None:
                 view = landing.view if landing.view is not None else stage
@@ -411,6 +443,12 @@ class DataChannel:
             view = self._open(self._keys.rx, stage, landing)
         self.n_received += 1
         return view
+
+    def release(self) -> None:
+        """Give the memory of the last record back."""
+        if self._rx_stage is not None:
+            self._stages.give(self._rx_stage)
+            self._rx_stage = None
 
     def _open(self, rx: Half, sealed: memoryview, landing: "Landing | None") -> memoryview:
         slot = landing.view if landing is not None else None

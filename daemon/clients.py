@@ -108,8 +108,9 @@ def lock_socket(socket_path: Path) -> Iterator[None]:
             raise Fatal(
                 f"a daemon (pid {holder}) already serves {socket_path}: use it, or choose another --socket"
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode("ascii"), 0)
+        with contextlib.suppress(OSError):  # a full disk: then the next one that comes cannot be told who we are
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode("ascii"), 0)
         yield
     finally:
         os.close(fd)

@@ -86,12 +86,13 @@ class Contacts:
         if known is not None and not known.same_home_as(node):
             self._start_check(node.id, self._meet(node, repeat=True))
         elif known is not None or self._is_room_for(node):
-            self._heard_at[node.id] = self._loop.time()
             self._failed_at.pop(node.id, None)
             if known is None and not self.table.knows(node.id):
                 self._neighbourhood.learn(node.ip)
                 self.table.add_contact(node)
                 self._on_change()
+            if node.id in self.table.contacts:  # who waits behind a full bucket may drop out of it unseen
+                self._heard_at[node.id] = self._loop.time()
 
     def heard(self, node: Any) -> None:
         """A node has answered."""

@@ -259,8 +259,10 @@ class GuardedProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia has n
                 return m.Named(own_id, self._near(request.target, request.sender, m.MAX_NODES))
             case m.Store():
                 near = self._near(m.location(request.key, request.salt), request.sender, m.NODES_WITH_RECORDS)
-                knows = self._proofs.is_member(request.record.public_key)
                 crowd = self.neighbourhood.crowd_of(address[0])
+                knows = self._proofs.is_member(request.record.public_key) and (
+                    crowd is None or self.has_proved(Node(peer_id_of(request.record.public_key), *address))
+                )  # where addresses count, anybody can write another one on a datagram
                 held = knows and self.storage.put(request.key, request.record, crowd)
                 return m.Stored(own_id, near, held, knows)
             case m.FindRecords():

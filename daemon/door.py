@@ -19,7 +19,7 @@ from mpd.ids import Endpoint
 from mpd.wire import DATA_MAGIC, GREETING_BYTES
 
 from .budgets import Budgets
-from .channels import DataDoor
+from .channels import DataDoor, Stages
 from .handshake import ADMISSION_GREETING, HANDSHAKE_S, receive_exactly
 from .links import Link
 
@@ -41,7 +41,7 @@ class Door:
     """Where all connections to this daemon arrive; `answer_call` serves those that begin with TLS."""
 
     def __init__(self, budgets: Budgets, answer_call: AnswerCall) -> None:
-        self.data = DataDoor()
+        self.data = DataDoor(Stages(budgets.in_flight))
         self.admission: Callable[[trio.SocketStream], Awaitable[None]] | None = None  # serves those who want to join
         self.is_exempt: Callable[[str], bool] = is_loopback  # addresses without a limit of their own
         self._budgets = budgets
@@ -87,9 +87,11 @@ class Door:
 
     def _enter(self, visitor: _Visitor) -> bool:
         budgets = self._budgets
+        if not budgets.descriptors.has_room():  # first: to count them may fail, and then nothing was taken
+            return False
         if visitor.payer is not None and not budgets.handshakes_per_address.take(visitor.payer):
             return False
-        if budgets.descriptors.has_room() and (budgets.handshakes.take() or self._replace_silent()):
+        if budgets.handshakes.take() or self._replace_silent():
             self._visitors[visitor] = None
             return True
         if visitor.payer is not None:

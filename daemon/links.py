@@ -326,7 +326,7 @@ class Link:
         if not isinstance(answer, DataAccept):
             raise PeerError(f"it answered the offer of a data connection with {type(answer).__name__}")
         self._outbox.resume(answer.received)
-        return await dial_data(*self._remote, self._sealing.agreed(offer, answer))
+        return await dial_data(*self._remote, self._sealing.agreed(offer, answer), self._door.stages)
 
     async def _accept_channel(self) -> DataChannel:
         offer = await self._hear()
@@ -471,24 +471,26 @@ class Link:
             raise
         began = trio.current_time()
         try:
-            payload = await channel.receive_payload(header.length, landing)
-        except BaseException:
+            try:
+                payload = await channel.receive_payload(header.length, landing)
+            except BaseException:
+                if landing is not None:
+                    landing.abandon()
+                raise
+            if is_late:
+                landing = await events.landing(self, header)
+                if landing is not None and landing.view is not None:
+                    landing.view[:] = payload
+                    payload = landing.view
+            self._heard_at = trio.current_time()
+            self._n_received += 1
             if landing is not None:
-                landing.abandon()
-            raise
-        if is_late:
-            landing = await events.landing(self, header)
-            if landing is not None and landing.view is not None:
-                landing.view[:] = payload
-                payload = landing.view
-        self._heard_at = trio.current_time()
-        self._n_received += 1
-        if landing is not None:
-            landing.complete(payload)
+                landing.complete(payload)
+        finally:
+            channel.release()
         if header.length >= 65536:
             speed = header.length / max(self._heard_at - began, 1e-6)
             self.goodput = speed if not self.goodput else 0.9 * self.goodput + 0.1 * speed
-        await trio.lowlevel.checkpoint()
 
 
 def _why(error: BaseException) -> str:

@@ -9,12 +9,13 @@ line has gone on without it goes where most of the line is.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import trio
 
 from mpd.config import RoundLimits
+from mpd.errors import PeerError
 from mpd.grid import Cell, ShapeRecord, axis_of, line_of, next_cell, slot, table
 from mpd.grouping import compose_begin
 from mpd.ids import Endpoint, PeerId, RoundId, peer_id, show_peer
@@ -23,6 +24,7 @@ from mpd.mass import Standing
 from mpd.matchmaking import Alone, Begun, Matchmaker, Sighting
 from mpd.messages import MAX_ROUND_S, Begin, Declined, Here, Join, Quit, RunTerms
 from mpd.roll import MatchLimits
+from mpd.schedule import MIN_CHUNK_BYTES
 
 from .contacts import Contacts
 from .links import Link
@@ -37,6 +39,7 @@ _SLOW_POLL_S = 1.0  # while nobody asks for anything
 _IDLE_POLL_S = 10.0  # once the run has its shape
 _FRESH_S = 10.0  # how long a new attachment polls fast
 _MAX_TIMER_S = 0.25
+_MAX_LEFT_S = MAX_ROUND_S - 1  # of a ticket: added to a clock and taken away again, an hour may become a little more
 _FAREWELL_S = 0.3  # how long taking announcements back may take
 
 
@@ -299,7 +302,7 @@ class Lobby:
             port=endpoint.port if endpoint else 0,
             inbound=endpoint is not None and self._services.peers.is_reachable,
             bandwidth=max((link.goodput for link in self._services.peers.links()), default=0.0),
-            time_left_s=min(time_left_s, MAX_ROUND_S),
+            time_left_s=min(time_left_s, _MAX_LEFT_S),
         )
 
     # --------------------------------------------------------------------------------------------------- where we stand
@@ -389,6 +392,10 @@ class Lobby:
     def on_message(self, link: Link, message: Any) -> None:
         """A peer said something about this run, or about a slot of ours. Raises PeerError if it may not say that."""
         self._contacts.came(link.peer, link.endpoint)
+        if isinstance(message, Begin) and message.chunk_bytes < MIN_CHUNK_BYTES:  # its books alone would keep us busy
+            raise PeerError(
+                f"it begins a round in chunks of {message.chunk_bytes} bytes: {MIN_CHUNK_BYTES} or more expected"
+            )
         if isinstance(message, RunTerms):
             self._on_terms(link, message)
             return
@@ -400,6 +407,8 @@ class Lobby:
                 link.send(Declined(message.slot, "other_number", f"the next round here is {self.number}"))
             self._nudge()  # it knows more of this run than we do
         else:
+            if isinstance(message, Join):
+                message = replace(message, time_left_s=min(message.time_left_s, _MAX_LEFT_S))
             if isinstance(message, Here | Join) and message.number == post.number:
                 self._meet(post, link.peer)
             elif isinstance(message, Quit):

@@ -108,6 +108,7 @@ class NewsDesk:
         self._shunned: dict[PeerId, tuple[float, float]] = {}  # who had promised news in vain: until when, for how long
         self._announced: Post | None = None
         self._saved_seq = swarm.news_seq
+        self._revoked = set(swarm.revocations.peers)  # on any list that we have gone by
         self._learned = trio.Event()
         self._disk_work = trio.Event()
         self._troubles = Troubles(in_thread)
@@ -119,6 +120,12 @@ class NewsDesk:
         if self._swarm.is_revoked_here():
             name = self._swarm.name
             sentences.append(f"this machine, or the admitter that let it in, is revoked in swarm {name}")
+        # Whoever revokes with an old state directory numbers its list too low: the swarm's own list wins.
+        if forgotten := sorted(self._revoked - self._swarm.revocations.peers):
+            sentences.append(
+                f"list {self._swarm.news_seq} of the swarm replaced one of this machine and does not revoke "
+                f"{', '.join(map(show_peer, forgotten[:8]))}: run `mpd swarm revoke` again where the root key is"
+            )
         return "; ".join(sentences)
 
     async def admitters(self) -> list[Candidate]:
@@ -152,6 +159,7 @@ class NewsDesk:
         """Act on a new list: cut whoever is on it, and tell the others."""
         swarm, news = self._swarm, self._swarm.news()
         n_revoked = len(swarm.revocations.peers)
+        self._revoked |= swarm.revocations.peers
         _log.info("revocation list %d: %d peer%s revoked", swarm.news_seq, n_revoked, "s" * (n_revoked != 1))
         self._learned.set()
         self._learned = trio.Event()

@@ -228,8 +228,10 @@ class Switchboard:
     def on_message(self, link: Link, message: Any) -> None:
         """A message has come. Raises PeerError if this peer may not say that."""
         match message:
-            case Join() if link.member.role == OBSERVER:
-                raise PeerError("it is an observer, which may take part in no round, and asked to join one")
+            case Here() | Join() | Joined() | Begin() | Scoped() if link.member.role == OBSERVER:
+                raise PeerError(
+                    f"it is an observer, which may take part in no round, and said {type(message).__name__}"
+                )
             case Scoped():
                 self.sessions.on_scoped(link, message)
             case UnknownRound():

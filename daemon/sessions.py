@@ -193,6 +193,8 @@ class RoundSession:
             self._lose(place, str(error))
             return
         if self.gone.is_set() or place in self.left:
+            if place not in self.left:  # the round was over for us before there was a way to say so
+                link.ship(Bye(self.round_id))
             return
         self._links[place] = link
         link.busy += 1
@@ -244,6 +246,7 @@ class RoundSession:
 
     def _leave(self) -> None:
         self.gone.set()
+        self._waiting.clear()
         for place in list(self._links):
             if self.exchange.confirmed >> place & 1:
                 self._drop(place)

@@ -67,6 +67,8 @@ def make_invite(
             f"this machine is no admitter of swarm {swarm.name}: run `mpd swarm invite` on one, or get an invite with "
             "--role admitter"
         )
+    if swarm.is_revoked(admitter) or (admitter == swarm.own and swarm.is_revoked_here()):
+        raise LocalError(f"{show_peer(admitter)}, or whoever let it in, is revoked: invite at another admitter")
     if terms.role == "admitter" and root_key is None:
         raise LocalError("an admitter can only be made where the root key is: run this on that machine")
     if terms.peer is not None and swarm.is_revoked(terms.peer):

@@ -20,7 +20,7 @@ from .vault import IN_PLACE
 if TYPE_CHECKING:
     from .sessions import RoundSession
 
-_MAX_OWNERLESS = 64  # records that no session forgets, kept until they are known to have arrived
+_MAX_OWNERLESS = 64  # records that no session forgets, waiting, and kept until they are known to have arrived
 
 
 class Arrival:
@@ -178,8 +178,9 @@ class Outbox:
         return bool(self._waiting)
 
     def put(self, shipment: Shipment) -> None:
-        """Queue a record."""
-        self._waiting.append(shipment)
+        """Queue a record; one without owner only while few of them wait, because nobody drops those."""
+        if shipment.owner is not None or len(self.of(None)) < _MAX_OWNERLESS:
+            self._waiting.append(shipment)
 
     def take(self) -> Shipment:
         """Take the next record out of the queue; call `departs` if it is really sent."""

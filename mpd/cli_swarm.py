@@ -270,4 +270,4 @@ def _in_words(seconds: float) -> str:
         if seconds >= 2 * n_s or seconds == n_s:
             n = int(seconds // n_s)
             return f"{n} {name}{'s' * (n != 1)}"
-    return f"{int(seconds)} seconds"
+    return f"{int(seconds)} second{'s' * (int(seconds) != 1)}"

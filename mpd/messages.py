@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 from mpd.errors import PeerError
+from mpd.grid import MAX_PEERS
 from mpd.ids import PEER_ID_BYTES, ROUND_ID_BYTES, Endpoint
 from mpd.layout import TensorSpec
 from mpd.mass import MAX_MASS, Standing
@@ -304,7 +305,7 @@ class Member:
         _require(len(self.peer) == PEER_ID_BYTES, "a peer id has 20 bytes")
         _require_address(self.host, self.port, needed=self.inbound)
         _require(0 <= self.weight <= MAX_MASS, f"a weight lies between 0 and {MAX_MASS:g}")
-        _require(0 <= self.heads <= 1 << 40, "heads are a count")
+        _require(0 <= self.heads <= MAX_PEERS, f"heads are a count: 0 to {MAX_PEERS}")
         _require(0 <= self.fraction <= 1, "a fraction lies between 0 and 1")
 
 

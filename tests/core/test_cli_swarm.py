@@ -169,6 +169,12 @@ def test_an_invite_says_what_the_flags_say(owner: PeerId) -> None:
     assert "Good for 3 machines during 90 minutes." in said
 
 
+@pytest.mark.parametrize(("expires", "words"), [("1s", "1 second"), ("90s", "90 seconds"), ("1m", "1 minute")])
+def test_an_invite_says_how_long_it_is_good(owner: PeerId, expires: str, words: str) -> None:
+    _, said = invited("--address", "a.example:1", "--expires", expires)
+    assert f"Good for one machine during {words}." in said
+
+
 def test_without_a_daemon_an_invite_leads_to_where_it_was(owner: PeerId, path: Path) -> None:
     assert "start `mpd join`, or give --address" in failure("invite")
     StateDir(path).remember_announced(Endpoint("192.0.2.9", 5))

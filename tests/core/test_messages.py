@@ -1,6 +1,7 @@
 """What peers say to each other: every message survives the trip, and whoever says anything else is to blame."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from message_strategies import gone_wrong, messages, outcome, required_fields
 
+from mpd.control import LOCAL, Stepped
 from mpd.errors import PeerError
-from mpd.mass import enter
+from mpd.mass import Shares, certificate, enter
 from mpd.messages import EXCHANGE, PEERS, Begin, Hello, Join, Member
 from mpd.vocabulary import Vocabulary
 
@@ -170,6 +172,7 @@ def test_a_group_has_to_add_up(members: list[Member], words: str) -> None:
         ({"weight": -1.0}, "a weight lies between"),
         ({"weight": INF}, "a weight lies between"),
         ({"heads": -0.5}, "heads are a count"),
+        ({"heads": 2.0**20 + 1}, "heads are a count"),
         ({"peer": b"a"}, "a peer id has 20 bytes"),
         ({"inbound": False}, "only who can be dialled reduces"),
     ],
@@ -177,6 +180,13 @@ def test_a_group_has_to_add_up(members: list[Member], words: str) -> None:
 def test_a_member_has_to_make_sense(change: dict[str, Any], words: str) -> None:
     members = [fields_of(ALICE, **change), fields_of(BOB)]
     assert words in refused(PEERS, BEGIN, {"members": members})
+
+
+def test_the_heads_of_the_largest_swarm_fit_into_an_answer_to_a_trainer() -> None:
+    group = Shares(1, (2**10, 2**10), (1.0,) * 64, (2.0**20,) * 64, whole=True)
+    PEERS.decode(PEERS.encode(replace(BEGIN, members=(replace(ALICE, heads=2.0**20), BOB))))
+    answer = Stepped(1, averaged=True, reason="", heads=certificate(group, (1 << 64) - 1)[1])
+    assert LOCAL.decode(LOCAL.encode(answer)) == answer
 
 
 def test_somebody_has_to_weigh_something() -> None:

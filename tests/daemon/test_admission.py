@@ -511,21 +511,35 @@ async def test_who_shows_no_certificate_of_the_open_swarm_is_not_heard(world: Wo
             await trio.aclose_forcefully(stream)
 
 
-async def test_silent_applicants_are_few_and_are_not_waited_for(
-    owner: Machine, autojump_clock: trio.testing.MockClock
-) -> None:
-    pending = Budget(8)
-    admitter = Admitter(owner.load(), owner.clock, pending)
-    mine, theirs = zip(*(trio.testing.memory_stream_pair() for _ in range(9)), strict=True)
+async def test_silent_applicants_keep_nobody_out(world: World, owner: Machine) -> None:
+    pending = Budget(1)
+    async with (
+        doors(Admitter(owner.load(), owner.clock, pending).serve) as (here,),
+        await trio.open_tcp_stream(here.host, here.port) as silent,
+    ):
+        await silent.send_all(ADMISSION_GREETING)
+        await world.machine().applicant.redeem(owner.invite(here))
+    assert (pending.used, pending.peak, pending.refused) == (0, 1, 0)
+
+
+async def test_silent_applicants_are_not_waited_for(owner: Machine, autojump_clock: trio.testing.MockClock) -> None:
+    admitter = Admitter(owner.load(), owner.clock, Budget(8))
+    mine, theirs = trio.testing.memory_stream_pair()
     began = trio.current_time()
-    async with trio.open_nursery() as nursery:
-        for stream in mine:
-            nursery.start_soon(admitter.serve, stream)
-        await trio.testing.wait_all_tasks_blocked()
-        assert (pending.used, pending.refused) == (8, 1)
+    await admitter.serve(mine)  # type: ignore[arg-type]
     assert trio.current_time() - began == DEADLINE_S
-    assert pending.used == 0
-    assert len(theirs) == 9
+    await theirs.aclose()
+
+
+async def test_who_asks_an_admitter_that_is_busy_is_told_to_come_back(world: World, owner: Machine) -> None:
+    pending = Budget(1)
+    machine = world.machine()
+    async with doors(Admitter(owner.load(), owner.clock, pending).serve) as (here,):
+        token = owner.invite(here)
+        assert pending.take()
+        assert "the admitter is busy with others: try again in a moment" in await refusal(machine.applicant, token)
+        pending.give()
+        await machine.applicant.redeem(token)
 
 
 @pytest.mark.parametrize(

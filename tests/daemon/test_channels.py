@@ -16,6 +16,7 @@ import trio.testing
 from daemon_helpers import HANG_S, node_id, stream_of, tcp_pair
 
 from mpd.daemon import channels
+from mpd.daemon.budgets import ByteGate
 from mpd.daemon.channels import (
     HELLO_S,
     MAX_BAD_HELLOS,
@@ -26,15 +27,17 @@ from mpd.daemon.channels import (
     DataDoor,
     DataKeys,
     Sealing,
+    Stages,
     dial_data,
     own_suites,
     suites_for,
     tune,
 )
 from mpd.errors import PeerError
+from mpd.ids import RoundId
 from mpd.messages import DataAccept, DataOffer
 from mpd.seal import AES_GCM, CHACHA, NO_SEAL, SUITES, TAG_BYTES
-from mpd.wire import DATA_GREETING_BYTES, HEADER_BYTES, data_greeting
+from mpd.wire import DATA_GREETING_BYTES, HEADER_BYTES, Header, Kind, data_greeting, pack_header
 
 INITIATOR, ACCEPTOR = node_id(1), node_id(2)
 PLAIN = (NO_SEAL,)
@@ -56,6 +59,10 @@ def agree(near: Sealing, far: Sealing) -> tuple[DataKeys, DataKeys]:
     offer = near.offer(0)
     answer, far_keys = far.accept(offer, 0)
     return near.agreed(offer, answer), far_keys
+
+
+def stages(limit: int = 1 << 20) -> Stages:
+    return Stages(ByteGate(limit))
 
 
 def fit(one: DataKeys, other: DataKeys) -> bool:
@@ -229,7 +236,7 @@ async def test_both_ends_prove_their_keys_and_then_talk(door: DataDoor, suites: 
     near_keys, far_keys = agree(*ends(suites, suites))
     async with listening(door) as port:
         with door.expect(far_keys) as pending:
-            near = await dial_data("127.0.0.1", port, near_keys)
+            near = await dial_data("127.0.0.1", port, near_keys, stages())
             far = await pending.channel()
         assert near.conn_id == far.conn_id
         assert near.is_sealed == far.is_sealed == (suites != PLAIN)
@@ -283,7 +290,7 @@ async def test_the_handle_alone_proves_nothing_and_does_not_burn_the_offer(door:
                         nursery.start_soon(check_silence, port, greeting + hello)
             assert pending.n_bad == 3
             far_keys.hello = answer  # type: ignore[method-assign]
-            near = await dial_data("127.0.0.1", port, near_keys)
+            near = await dial_data("127.0.0.1", port, near_keys, stages())
             far = await pending.channel()
         near.close()
         far.close()
@@ -315,7 +322,7 @@ async def test_an_offer_that_is_attacked_too_often_is_withdrawn(door: DataDoor) 
             with pytest.raises(PeerError, match="did not open"):
                 await pending.channel()
             with pytest.raises((PeerError, OSError)):
-                await dial_data("127.0.0.1", port, near_keys)
+                await dial_data("127.0.0.1", port, near_keys, stages())
 
 
 async def test_an_offer_does_not_wait_for_ever(door: DataDoor, autojump_clock: trio.testing.MockClock) -> None:
@@ -358,7 +365,7 @@ async def test_a_connection_that_nobody_takes_is_closed(door: DataDoor) -> None:
     near_keys, far_keys = agree(*ends())
     async with listening(door) as port:
         with door.expect(far_keys):
-            near = await dial_data("127.0.0.1", port, near_keys)
+            near = await dial_data("127.0.0.1", port, near_keys, stages())
             await trio.testing.wait_all_tasks_blocked()
         with pytest.raises(ConnectionResetError):
             await near.receive_header()
@@ -379,7 +386,7 @@ async def test_a_dialler_that_is_answered_by_somebody_else_says_nothing(door: Da
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.serve_listeners, impostor, listeners)
             with pytest.raises(PeerError, match="does not hold its keys"):
-                await dial_data("127.0.0.1", listeners[0].socket.getsockname()[1], near_keys)
+                await dial_data("127.0.0.1", listeners[0].socket.getsockname()[1], near_keys, stages())
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
     assert [len(said) for said in heard] == [DATA_GREETING_BYTES + HELLO_BYTES, 0]
@@ -389,7 +396,7 @@ async def test_a_failed_attempt_leaves_no_keys_behind(door: DataDoor) -> None:
     near_keys, _ = agree(*ends())
     async with listening(door) as port:
         with pytest.raises(ConnectionResetError):
-            await dial_data("127.0.0.1", port, near_keys)  # nobody expects it
+            await dial_data("127.0.0.1", port, near_keys, stages())  # nobody expects it
     with pytest.raises(Exception, match="these keys are closed"):
         near_keys.hello()
 
@@ -401,7 +408,7 @@ def channel_pair(suites: tuple[str, ...] = SUITES) -> tuple[DataChannel, DataCha
     """Return both ends of a data connection."""
     near_keys, far_keys = agree(*ends(suites, suites))
     near, far = tcp_pair()
-    return DataChannel(near, near_keys), DataChannel(far, far_keys)
+    return DataChannel(near, near_keys, stages()), DataChannel(far, far_keys, stages())
 
 
 @pytest.mark.parametrize("suites", [SUITES, PLAIN])
@@ -463,3 +470,48 @@ def test_connections_on_one_host_do_not_pace_themselves() -> None:
 def test_what_the_wire_calls_a_greeting_is_what_the_door_reads() -> None:
     assert len(agree(*ends())[0].hello()) == HELLO_BYTES
     assert bytes(HEADER_BYTES) == channels._HELLO
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+async def test_records_wait_for_memory_instead_of_taking_more(autojump_clock: trio.testing.MockClock) -> None:
+    gate = ByteGate(16384)
+    shared = Stages(gate)
+    first, second = await shared.take(5000), await shared.take(8192)
+    assert (len(first), len(second), gate.used) == (5000, 8192, 16384)
+    arrived: list[memoryview] = []
+
+    async def wait() -> None:
+        arrived.append(await shared.take(100))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        assert arrived == []
+        shared.give(first)
+        await trio.testing.wait_all_tasks_blocked()
+        assert [len(view) for view in arrived] == [100]
+    shared.give(second)
+    shared.give(arrived[0])
+    assert gate.used == 0
+    again = await shared.take(6000)
+    assert any(again.obj is view.obj for view in (first, second)), "memory that was touched before is used again"
+
+
+async def test_a_record_gives_its_memory_back(autojump_clock: trio.testing.MockClock) -> None:
+    near_keys, far_keys = agree(*ends())
+    (near, far), gate = tcp_pair(), ByteGate(1 << 20)
+    sender, receiver = DataChannel(near, near_keys, stages()), DataChannel(far, far_keys, Stages(gate))
+    header = pack_header(Header(Kind.PIECE, 0, 0, 0, 5, 0, RoundId(bytes(16)), 0))
+    for channel in (near, far):
+        channel.setblocking(False)
+    await sender.send(header, memoryview(b"hello"))
+    await receiver.receive_header()
+    assert bytes(await receiver.receive_payload(5, None)) == b"hello"
+    assert gate.used > 0
+    receiver.release()
+    receiver.release()
+    assert gate.used == 0
+    sender.close()
+    receiver.close()

@@ -734,6 +734,19 @@ def test_a_lock_is_free_again_after_its_block(path: Path) -> None:
             assert path.with_name("mpd.sock.lock").read_text() == str(os.getpid())
 
 
+def test_a_holder_that_cannot_sign_serves_all_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with (
+        lock_socket(path),
+        pytest.raises(Fatal, match=r"a daemon \(pid unknown\) already serves"),
+        lock_socket(path),
+    ):
+        pass
+
+
 def test_a_holder_that_has_not_signed_yet_is_unknown(path: Path) -> None:
     path.parent.mkdir(mode=0o700)
     with path.with_name("mpd.sock.lock").open("w") as held:

@@ -66,6 +66,17 @@ def test_a_stranger_that_does_not_answer_is_asked_once() -> None:
     play(scene)
 
 
+def test_of_nodes_that_wait_behind_a_full_bucket_nothing_is_kept_for_ever() -> None:
+    """Whoever can make itself any number of keys makes them pass through there."""
+
+    async def scene(stage: Stage) -> None:
+        for i in range(400):
+            stage.meet(stage.actor(i + 1), ("10.0.0.1", 1000 + i))
+        assert len(stage.protocol.contacts._heard_at) == len(stage.contacts) < 300
+
+    play(scene)
+
+
 def test_we_are_not_our_own_contact() -> None:
     async def scene(stage: Stage) -> None:
         answer = stage.protocol.ping(HERE)

@@ -186,6 +186,24 @@ def test_forged_ids_are_no_contacts() -> None:
     play(scene)
 
 
+def test_records_from_addresses_that_nobody_has_proved_to_live_at_are_not_held() -> None:
+    """Or a single machine, which can write any sender on its datagrams, would fill the store past all crowds."""
+
+    async def scene(stage: Stage) -> None:
+        for i in range(200):
+            you = stage.actor(i + 1)
+            stage.hear(you.ask(m.Store(you.id, stage.me.id, b"k" * 20, 0, you.record(b"k" * 20))), (f"8.8.{i}.1", 9))
+            assert stage.last_reply(m.Store) == m.Stored(stage.me.id, [], False, False)
+            stage.wire.sent.clear()
+            stage.steady.now += 0.1
+        assert stage.budgets.records.used == 0
+        stage.meet(you, ("8.8.0.1", 9))
+        stage.hear(you.ask(m.Store(you.id, stage.me.id, b"k" * 20, 0, you.record(b"k" * 20))), ("8.8.0.1", 9))
+        assert stage.last_reply(m.Store).held
+
+    play(scene)
+
+
 # -------------------------------------------------------------------------------------------------------------- eclipse
 
 
@@ -278,6 +296,8 @@ def test_old_records_come_back_never() -> None:
 
     async def scene(stage: Stage) -> None:
         you, publishers = stage.actor(1), [stage.actor(i) for i in range(2, 7)]
+        for publisher in publishers:
+            stage.meet(publisher)
         captured = []
         for seq in range(1, size(10, 100)):
             for publisher in publishers:

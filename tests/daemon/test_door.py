@@ -5,6 +5,7 @@ nothing expires unless a test says so. Only CPU time is measured for real, gener
 """
 
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -141,6 +142,20 @@ async def test_without_descriptors_to_spare_nobody_comes_in(
         monkeypatch.setattr(a.budgets.descriptors, "has_room", lambda: False)
         async with await open_to(a) as late:
             assert await is_closed(late)
+
+
+async def test_descriptors_that_cannot_be_counted_cost_no_place(
+    still_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> bool:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with swarm(1) as (a,):
+        a.peers.door.is_exempt = lambda host: False
+        monkeypatch.setattr(a.budgets.descriptors, "has_room", fail)
+        async with await open_to(a) as late:
+            assert await is_closed(late)
+        assert (a.budgets.handshakes.used, a.budgets.handshakes_per_address.used) == (0, 0)
 
 
 @pytest.mark.parametrize("greeting", [CLIENT_HELLO + bytes(500), b"mpdD\x01\0\0\0" + bytes(16), b"mpdA\x01\0\0\0"])

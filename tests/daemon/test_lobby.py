@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+from daemon_helpers import checkpoints
 from fake_peers import FakeDaemon, Swarm, specs, terms
 from trio.testing import MockClock
 
@@ -21,7 +22,7 @@ from mpd.ids import PeerId, show_peer
 from mpd.layout import Terms
 from mpd.mass import Shares, Standing, after, certificate, enter
 from mpd.matchmaking import Alone, Begun
-from mpd.messages import Begin, Declined, Goodbye, Here, Join, Quit, RunTerms
+from mpd.messages import MAX_ROUND_S, Begin, Declined, Goodbye, Here, Join, Quit, RunTerms
 from mpd.records import RECORDS, Place
 
 pytestmark = pytest.mark.usefixtures("repeatable")
@@ -809,6 +810,39 @@ async def test_a_begin_that_comes_too_late_is_refused(nursery: trio.Nursery, aut
     other.daemon.peers.get(one.own).send(late)
     await sleep(0.05)
     assert one.daemon.refused == [b"l" * 16]
+
+
+async def test_a_ticket_for_an_hour_is_good_for_a_group_at_any_time(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    """What is added to a clock and taken away again is rounded, and no ticket may say more than an hour."""
+    one, other = await settled(Swarm(nursery), 2)
+    await trio.sleep_until(2.0**12 - 100 - 2.0**-41)
+    leader, follower = sorted((one, other), key=lambda member: member.own)
+    async with trio.open_nursery() as trainers:
+        trainers.start_soon(leader.ask, 7200.0)
+        await checkpoints(5)
+        post = leader.lobby._post
+        assert post is not None
+        now = trio.current_time()
+        assert now + MAX_ROUND_S - now > MAX_ROUND_S
+        ticket = follower.lobby._ticket(post, enter(1.0, follower.lobby.cell), MAX_ROUND_S)
+        late = replace(ticket, stamp=1 << 61, time_left_s=MAX_ROUND_S)
+        leader.lobby.on_message(leader.daemon.peers.get(follower.own), late)
+        verdict = post.matchmaker.verdict
+        assert isinstance(verdict, Begun)
+        assert verdict.begin.timeout_s < MAX_ROUND_S
+        trainers.cancel_scope.cancel()
+
+
+async def test_a_plan_of_tiny_chunks_is_no_plan(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    """For a vector of 1 GiB its books would stop the whole daemon for seconds."""
+    one, other = await settled(Swarm(nursery), 2)
+    begin = (await all_ask([one, other]))[0]
+    assert isinstance(begin, Begun)
+    tiny = replace(begin.begin, round_id=b"t" * 16, chunk_bytes=4096)
+    with pytest.raises(PeerError, match="in chunks of 4096 bytes: 65536 or more expected"):
+        one.lobby.on_message(one.daemon.peers.get(other.own), tiny)
 
 
 async def test_a_begin_that_comes_twice_is_not_refused(nursery: trio.Nursery, autojump_clock: MockClock) -> None:

@@ -20,7 +20,7 @@ from mpd.daemon.peers import Unreachable
 from mpd.daemon.rendezvous import MemoryBoard, MemoryRendezvous
 from mpd.errors import PeerError
 from mpd.identity import OPEN_SWARM, Member, SwarmId
-from mpd.ids import Endpoint, PeerId
+from mpd.ids import Endpoint, PeerId, show_peer
 from mpd.messages import News
 
 STRANGER = PeerId(b"x" * 20)
@@ -169,6 +169,28 @@ async def test_who_is_equal_says_nothing(world: World, owner: Machine, net: Net,
     link = net.connect(a, b)
     assert link.far is not None
     assert (link.sent, link.far.sent) == ([], [])
+
+
+async def test_a_revocation_that_the_swarm_outran_is_not_lost_in_silence(
+    world: World, owner: Machine, net: Net, autojump_clock: MockClock
+) -> None:
+    informed_machine = world.member(owner)
+    old = owner.store.news()
+    for name in (b"y", b"z"):
+        owner.revoke(PeerId(name * 20))
+    informed_machine.store.exchange_news(owner.store.news())
+    owner.store.save_news(old)  # a backup is restored
+    owner.revoke(STRANGER)
+    informed, restored = net.start(informed_machine), net.start(owner)
+    net.connect(informed, restored)
+    assert not restored.swarm.is_revoked(STRANGER)
+    assert f"does not revoke {show_peer(STRANGER)}: run `mpd swarm revoke` again" in restored.desk.problem
+    assert informed.desk.problem == ""
+    await trio.sleep(FILES_S + 1)
+    owner.revoke(STRANGER)
+    await trio.sleep(FILES_S + 1)
+    assert informed.swarm.is_revoked(STRANGER)
+    assert restored.desk.problem == ""
 
 
 async def test_news_travel_along_links_and_not_in_circles(

@@ -19,7 +19,8 @@ from daemon_helpers import Node, Parcel, Recorder, checkpoints, node_id, start_n
 from identities import DAY_S, Card, TestSwarm, der, keys, lab, open_card
 
 from mpd.daemon import peers as peers_module
-from mpd.daemon.channels import DataKeys, Sealing, dial_data, own_suites
+from mpd.daemon.budgets import ByteGate
+from mpd.daemon.channels import DataKeys, Sealing, Stages, dial_data, own_suites
 from mpd.daemon.handshake import HANDSHAKE_S, Talk
 from mpd.daemon.links import Link
 from mpd.daemon.peers import Unreachable
@@ -776,7 +777,7 @@ async def test_a_caller_that_stops_half_way_is_closed_in_time(jumping_clock: tri
             assert await caller.hear() is None
         assert trio.current_time() - began == pytest.approx(HANDSHAKE_S)
         with pytest.raises((OSError, PeerError)):  # the handle has gone with the call
-            await dial_data(a.endpoint.host, a.endpoint.port, keys)
+            await dial_data(a.endpoint.host, a.endpoint.port, keys, Stages(ByteGate(1 << 20)))
         assert a.events.log == []
         assert (a.budgets.links.used, a.budgets.handshakes.used) == (0, 0)
 
@@ -804,7 +805,7 @@ async def test_a_data_connection_goes_to_the_call_that_agreed_on_its_keys() -> N
         async with await open_to(a) as stray:
             await stray.send_all(data_greeting(b"x" * 16))
             assert await is_closed(stray)
-        channel = await dial_data(a.endpoint.host, a.endpoint.port, keys)
+        channel = await dial_data(a.endpoint.host, a.endpoint.port, keys, Stages(ByteGate(1 << 20)))
         await a.events.until(lambda: a.events.log)
         assert [link.peer for link in a.peers.links()] == [node_id(1)]
         assert a.events.reasons == []

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from mpd.messages import (
     Hello,
     Here,
     Join,
+    Joined,
     Member,
     Quit,
     RunTerms,
@@ -359,6 +361,26 @@ async def test_a_begin_for_a_run_that_is_not_here_is_refused(nursery: trio.Nurse
     there.send(Scoped(b"r" * 16, b"late"))
     await pass_time(0.1)
     assert UnknownRound(b"r" * 16) not in back.said
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        JOIN,
+        Here("run", b"s" * 20, 0, True, 0),
+        Joined(b"s" * 20, 0),
+        BEGIN,
+        Scoped(b"r" * 16, b"done"),
+    ],
+)
+async def test_an_observer_takes_no_part_in_rounds_and_leads_none(
+    message: Any, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    one, _, _, back = await linked(nursery)
+    back.member = replace(back.member, role="observer")
+    with pytest.raises(PeerError, match=f"it is an observer, .* and said {type(message).__name__}$"):
+        one.switchboard.on_message(back, message)
+    one.switchboard.on_message(back, Quit(b"s" * 20))
 
 
 @pytest.mark.parametrize(

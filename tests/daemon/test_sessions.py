@@ -553,6 +553,21 @@ async def test_values_that_cannot_be_averaged_cost_only_whoever_has_them() -> No
         s.expect_nothing_left()
 
 
+async def test_a_member_that_gives_up_before_it_has_links_says_so_and_keeps_nothing() -> None:
+    async with swarm(3) as s:
+        for other in (0, 2):
+            await s.nodes[1].peers.link(s.nodes[other].own, s.nodes[other].endpoint)
+        begin = s.begin()
+        session = s.join(1, begin)
+        session.cancel("this one has had enough")
+        assert not session._waiting, "what it wanted to send keeps it, and its memory"
+        await s.until_ended(1)
+        await s.run(begin, [0, 2])
+        s.expect_success(0, 2, contributors=0b101)
+        del session
+        s.expect_nothing_left()
+
+
 async def test_a_round_that_nobody_else_begins_ends_in_time(jumping_clock: trio.testing.MockClock) -> None:
     async with swarm(3, 1000) as s:
         for node in s.nodes[1:]:

@@ -9,7 +9,7 @@ from mpd.daemon.swarm_owner import InviteTerms, make_invite
 from mpd.daemon.swarm_store import raw_public
 from mpd.errors import LocalError
 from mpd.identity import swarm_name_of
-from mpd.ids import Endpoint, PeerId
+from mpd.ids import Endpoint, PeerId, show_peer
 from mpd.invites import parse_token
 
 STRANGER = PeerId(b"x" * 20)
@@ -79,6 +79,15 @@ def test_only_who_may_admit_invites(world: World, owner: Machine) -> None:
     world.clock.now_s += 31 * DAY_S
     with pytest.raises(LocalError, match="this machine is no admitter"):
         admitter.invite()
+
+
+def test_nobody_invites_at_an_admitter_that_is_revoked(world: World, owner: Machine) -> None:
+    admitter = world.member(owner, "admitter")
+    owner.revoke(admitter.own)
+    admitter.store.exchange_news(owner.store.news())
+    for invite in (admitter.invite, lambda: owner.invite(admitter=admitter.own)):
+        with pytest.raises(LocalError, match=f"{show_peer(admitter.own)}, or whoever let it in, is revoked"):
+            invite()
 
 
 @pytest.mark.parametrize("where", [Endpoint("0.0.0.0", 4747), Endpoint("192.0.2.1", 0)])

@@ -273,12 +273,21 @@ def test_of_the_goodbyes_that_nobody_owns_only_the_last_are_kept() -> None:
     byes = parcels(200, None)
     for parcel in owned + byes:
         outbox.put(parcel)
-    depart(outbox, 201)
+        depart(outbox, 1)
     outbox.resume(0)
     kept = []
     while outbox:
         kept.append(outbox.take())
     assert kept == owned + byes[-64:]
+
+
+def test_goodbyes_do_not_pile_up_before_a_peer_that_does_not_read() -> None:
+    """It makes us say as many as it likes: one for each record of a round that has ended."""
+    outbox, owned, byes = Outbox(), parcels(100, object()), parcels(1000, None)
+    for parcel in byes + owned:
+        outbox.put(parcel)
+    assert outbox.of(None) == byes[:64]
+    assert outbox.of(owned[0].owner) == owned
 
 
 @given(

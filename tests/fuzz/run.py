@@ -155,10 +155,10 @@ def renew(name: str) -> None:
 
     Set cover, greedily (Chvatal, 1979): again and again the input that adds most for its size.
     """
-    kept, found = (list(place.glob("*")) for place in (CORPUS / name, FOUND / name / "inputs"))
+    kept, found = (sorted(place.glob("*")) for place in (CORPUS / name, FOUND / name / "inputs"))
     findings = [path for path in kept if path.name.startswith("finding-")]
-    known = {path.read_bytes() for path in (*kept, *found)}
-    reached = {data: reach(name, data) for data in sorted(known) if len(data) <= MAX_KEPT_BYTES}
+    known = [path.read_bytes() for path in (*kept, *found)]  # of two that are as good, the one that is kept stays
+    reached = {data: reach(name, data) for data in known if len(data) <= MAX_KEPT_BYTES}
     everything = frozenset[object]().union(*reached.values())
     missing = everything.difference(*(reach(name, path.read_bytes()) for path in findings))
     chosen: list[bytes] = []
@@ -170,7 +170,7 @@ def renew(name: str) -> None:
         path.unlink()
     save(CORPUS / name, chosen)
     shares = f"reach {len(everything) - len(missing)} of {len(everything)}"
-    click.echo(f"{name:20} {len(chosen):>3} of {len(known)} inputs, {sum(map(len, chosen)):>6} bytes, {shares}")
+    click.echo(f"{name:20} {len(chosen):>3} of {len(set(known))} inputs, {sum(map(len, chosen)):>6} bytes, {shares}")
 
 
 def reach(name: str, data: bytes) -> frozenset[object]:
