@@ -40,6 +40,7 @@ _IDLE_POLL_S = 10.0  # once the run has its shape
 _FRESH_S = 10.0  # how long a new attachment polls fast
 _MAX_TIMER_S = 0.25
 _MAX_LEFT_S = MAX_ROUND_S - 1  # of a ticket: added to a clock and taken away again, an hour may become a little more
+MAX_STACKED_VECTORS = 4  # that a robust rule may keep here, whatever a leader plans
 _FAREWELL_S = 0.3  # how long taking announcements back may take
 
 
@@ -389,6 +390,15 @@ class Lobby:
 
     # -------------------------------------------------------------------------------------------------------- company
 
+    def _check_stack(self, begin: Begin) -> None:
+        """Raise PeerError if we were to keep the pieces of too large a shard: a robust rule needs all at once."""
+        share = sum(member.fraction for member in begin.members if member.peer == self._services.own)
+        if share * (len(begin.members) - 1) > MAX_STACKED_VECTORS:
+            raise PeerError(
+                f"it begins a round in which this machine reduces {share:.0%} for {len(begin.members)} members: "
+                f"with {self.terms.aggregate!r} that takes the memory of more than {MAX_STACKED_VECTORS} vectors"
+            )
+
     def on_message(self, link: Link, message: Any) -> None:
         """A peer said something about this run, or about a slot of ours. Raises PeerError if it may not say that."""
         self._contacts.came(link.peer, link.endpoint)
@@ -396,6 +406,8 @@ class Lobby:
             raise PeerError(
                 f"it begins a round in chunks of {message.chunk_bytes} bytes: {MIN_CHUNK_BYTES} or more expected"
             )
+        if isinstance(message, Begin) and self.terms.aggregate != "mean":
+            self._check_stack(message)
         if isinstance(message, RunTerms):
             self._on_terms(link, message)
             return

@@ -85,8 +85,8 @@ class Exchange:
     def on_piece(self, now: float, sender: int, chunk: int, version: int, payload: Any) -> None:
         """A whole, verified piece has arrived. Raises PeerError if the sender must not send it."""
         wanted = self.wants_piece(sender, chunk, version)
-        self._note_delivery(now, sender)
-        if wanted:
+        if wanted:  # what is sent once more is no sign that the rest will ever come
+            self._note_delivery(now, sender)
             try:
                 self._chunks.add_piece(sender, chunk, payload)
             except PeerError as error:
@@ -98,8 +98,8 @@ class Exchange:
         wanted = self.wants_result(sender, chunk, version)
         self._chunks.check_contributors(contributors)
         self._chunks.note_result(sender, chunk, version)
-        self._note_delivery(now, sender)
         if wanted:
+            self._note_delivery(now, sender)
             try:
                 self._chunks.store_result(chunk, version, contributors, payload)
             except PeerError as error:

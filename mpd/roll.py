@@ -256,10 +256,17 @@ def _decide_with_leader(now: float, roll: Roll, limits: MatchLimits, leader: Pee
         if is_overdue:
             return Verdict.DROP, f"did not answer within {limits.answer_s:g} s"
         return Verdict.WAIT, f"asking {name(leader)} for a place in its group"
+    if now >= _begins_by(roll, limits):
+        return Verdict.DROP, f"took us in and did not begin within {limits.window_s + limits.answer_s:g} s"
     # Not at once: nearly always the group begins before this, and nobody needs to be told.
     if is_overdue and roll.to_point:
         return Verdict.POINT, f"telling others to ask {name(leader)}"
     return Verdict.WAIT, f"waiting for {name(leader)} to begin"
+
+
+def _begins_by(roll: Roll, limits: MatchLimits) -> float:
+    """Return when a leader that took us in has had its whole window, which began before we asked."""
+    return roll.asked_s + limits.window_s + limits.answer_s
 
 
 def _decide_as_leader(now: float, roll: Roll, limits: MatchLimits) -> tuple[Verdict, str]:
@@ -284,7 +291,10 @@ def _waiting_for(roll: Roll) -> str:
 
 def next_change(now: float, roll: Roll, limits: MatchLimits) -> float:
     """Return the first time after `now` at which `decide` may answer differently about the same roll."""
-    due = (roll.asked_s + limits.answer_s,) if roll.leader else (roll.window_ends_s, roll.news_s + limits.settle_s)
+    if roll.leader:
+        due = roll.asked_s + limits.answer_s, _begins_by(roll, limits)
+    else:
+        due = roll.window_ends_s, roll.news_s + limits.settle_s
     return min((at for at in (*due, roll.time_ends_s) if at > now), default=math.inf)
 
 

@@ -413,13 +413,23 @@ def test_a_follower_whose_time_is_up_is_not_taken_along() -> None:
 
 def test_a_follower_outlasts_its_window_and_then_has_time_for_a_new_leader() -> None:
     machine = in_state(FOLLOWING)
-    machine.on_tick(30.0)
+    machine.on_tick(5.5)
     assert machine.state is FOLLOWING
-    machine.on_gone(30.0, LEADER, "its link broke")
-    machine.on_tick(30.9)
+    machine.on_gone(5.5, LEADER, "its link broke")
+    machine.on_tick(6.4)
     assert machine.state is SEEKING
-    machine.on_tick(31.0)
+    machine.on_tick(6.5)
     assert machine.state is ALONE
+
+
+def test_a_leader_that_never_begins_does_not_hold_its_followers_for_ever() -> None:
+    machine = in_state(FOLLOWING)
+    machine.on_tick(30.0)
+    assert machine.state is SEEKING
+    assert (LEADER, Quit(SLOT)) in said(machine)
+    machine.on_tick(31.0)
+    assert isinstance(machine.verdict, Alone)
+    assert "did not begin within 6 s" in machine.verdict.missing[LEADER]
 
 
 def test_others_are_pointed_to_our_leader_once_it_takes_its_time() -> None:

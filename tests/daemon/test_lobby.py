@@ -835,6 +835,19 @@ async def test_a_ticket_for_an_hour_is_good_for_a_group_at_any_time(
         trainers.cancel_scope.cancel()
 
 
+async def test_no_leader_has_us_keep_everybody_s_vector(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    """A robust rule keeps the pieces of its shard: with all of the vector as its shard, that of every member."""
+    one, other = await settled(Swarm(nursery), 2)
+    begin = (await all_ask([one, other]))[0]
+    assert isinstance(begin, Begun)
+    one.lobby.terms = replace(one.lobby.terms, aggregate="clip")
+    first = begin.begin.members[0]
+    members = [replace(first, peer=bytes([i]) * 20 if i else one.own, fraction=float(i == 0)) for i in range(6)]
+    greedy = replace(begin.begin, round_id=b"g" * 16, members=tuple(members))
+    with pytest.raises(PeerError, match="reduces 100% for 6 members"):
+        one.lobby.on_message(one.daemon.peers.get(other.own), greedy)
+
+
 async def test_a_plan_of_tiny_chunks_is_no_plan(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     """For a vector of 1 GiB its books would stop the whole daemon for seconds."""
     one, other = await settled(Swarm(nursery), 2)
