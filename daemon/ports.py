@@ -54,9 +54,7 @@ async def own_address(net: NetConfig, listen: Endpoint) -> tuple[Endpoint, bool]
         return Endpoint(net.announce.host, net.announce.port or listen.port), True
     if not listen.is_wildcard:
         return listen, True
-    # The way to a bootstrap on this machine leads to an address that is of no use to other machines.
-    elsewhere = (bootstrap for bootstrap in net.bootstrap if not bootstrap.is_loopback)
-    for target in (*elsewhere, *_ANYWHERE):
+    for target in (*net.bootstrap, *_ANYWHERE):
         host = await _route_to(target, listen)
         if host is not None:
             return Endpoint(host, listen.port), False

@@ -28,7 +28,7 @@ _TICK_S = 0.1  # the machine's timers are looked at this often at least
 _KNOWN_ENDED = 256  # rounds whose late records are recognised and dropped
 _MAX_HELD = 64  # messages kept per link for rounds whose BEGIN has not arrived; the newest count
 _MAX_HELD_BYTES = 65536  # no message that can come before BEGIN is longer
-_PROGRESS_S = (0.1, 60.0)  # what a leader may choose
+_PROGRESS_S = (1.0, 60.0)  # what a leader may choose: other rounds share the links that it judges
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ def test_a_liar_with_the_names_of_an_honest_set_hides_nothing() -> None:
     on_one_loop(test)
 
 
-GOOD = actor(9).record(KEY)
+GOOD = actor(9).record(KEY, life_s=3600)  # outlives the whole test run
 
 
 @pytest.mark.parametrize(

@@ -855,7 +855,7 @@ async def test_a_leader_cannot_make_links_end_at_once_or_never(progress_s: float
         s.expect_success(0, 1, 2, contributors=0b111)
         for node in s.nodes:
             assert node.events.reasons == []
-            assert all(0.1 <= link.patience_s <= 60 for link in node.peers.links())
+            assert all(1 <= link.patience_s <= 60 for link in node.peers.links())
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

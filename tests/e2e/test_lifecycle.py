@@ -140,7 +140,7 @@ def test_a_daemon_serves_while_its_bootstrap_is_dead_and_joins_when_it_appears()
         run, vectors = new_run(), ones(2)
         with averagers([daemon], run, vectors[:1]) as (averager,):
             assert "nobody else" in averager.step(timeout=0.5).reason
-            dead = {"address": bootstrap.listen, "state": "unreachable: no answer"}
+            dead = {"address": bootstrap.listen, "state": "unreachable: no answer; Connection refused"}
             eventually(lambda: daemon.status()["dht"]["bootstrap"] == [dead], "the daemon says that it is dead")
             assert mpd_json("status", "--socket", daemon.socket)["dht"]["peers"] == 0
             assert f"{bootstrap.listen}: unreachable" in mpd("status", "--socket", daemon.socket).stdout
