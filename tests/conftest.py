@@ -1,11 +1,17 @@
-"""What every test shares: how hypothesis searches.
+"""What every test shares: how hypothesis searches, and what is shown of the figures that tests measured.
 
 By default each property is tried with the same examples on every run, so a red test is red for everybody. `make fuzz`
 searches afresh instead, as long as MPD_FUZZ_EXAMPLES says, and keeps what it finds in `.hypothesis/`.
+
+Figures (`record_property`, `score`) are printed at the end of the run, because nobody can judge them from a test that
+passes. A row of the scorecard in docs/reliability.md is one line of JSON.
 """
 
+import json
 import os
+from collections.abc import Callable
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -22,3 +28,34 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
+
+Score = Callable[..., None]  # score(row, goal, **figures)
+
+
+@pytest.fixture
+def score(record_property: Callable[[str, object], None]) -> Score:
+    """Note what was measured for a row of the scorecard: `score(6, "detected within 2 s", seconds=1.2)`."""
+
+    def note(row: int, goal: str, **figures: object) -> None:
+        record_property("scorecard", {"row": row, "goal": goal, **figures})
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    figures, rows = [], []
+    for report in terminalreporter.getreports("passed"):
+        test = report.nodeid.rpartition("::")[2]
+        for name, value in report.user_properties:
+            if name == "scorecard":
+                rows.append({"row": value["row"], "test": test, **value})
+            else:
+                figures.append(f"{test}: {name} {value}")
+    for title, lines in {
+        "figures": figures,
+        "scorecard": [json.dumps(row) for row in sorted(rows, key=lambda row: row["row"])],
+    }.items():
+        if lines:
+            terminalreporter.section(title)
+            for line in lines:
+                terminalreporter.write_line(line)

@@ -1,7 +1,6 @@
 """What the end-to-end tests of one module share: its swarm, and what is shown of it.
 
-A test that fails shows what the daemons logged while it ran. Figures that a test measured (`record_property`) are
-printed at the end of the run, because nobody can judge them from a test that passes.
+A test that fails shows what the daemons logged while it ran.
 """
 
 import sys
@@ -25,15 +24,3 @@ def logs(swarm: Swarm) -> Iterator[None]:
         daemon.mark_log()
     yield
     sys.stderr.write(swarm.log())
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    figures = [
-        f"{report.nodeid.rpartition('::')[2]}: {name} {value}"
-        for report in terminalreporter.getreports("passed")
-        for name, value in report.user_properties
-    ]
-    if figures:
-        terminalreporter.section("figures")
-        for figure in figures:
-            terminalreporter.write_line(figure)
