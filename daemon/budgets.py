@@ -199,7 +199,8 @@ class Budgets:
     """All limits of one daemon, with their defaults.
 
     Those of the DHT's thread: `datagrams` and `datagrams_per_address` (of datagrams that carry no valid MAC),
-    `requests_per_member`, `requests_of_strangers`, `records`, `record_bytes` and `records_per_publisher`.
+    `wake_ups` (to read datagrams; without one left they wait a moment for each other), `requests_per_member`,
+    `requests_of_strangers`, `records`, `record_bytes` and `records_per_publisher`.
     """
 
     # Other daemons.
@@ -218,8 +219,9 @@ class Budgets:
     # The DHT.
     datagrams: RateBudget = field(default_factory=lambda: RateBudget(2000, 2000))
     datagrams_per_address: RateBudget = field(default_factory=lambda: RateBudget(50, 100))
+    wake_ups: RateBudget = field(default_factory=lambda: RateBudget(500, 500))
     requests_per_member: RateBudget = field(default_factory=lambda: RateBudget(200, 400))
-    requests_of_strangers: RateBudget = field(default_factory=lambda: RateBudget(500, 500))  # of all of them together
+    requests_of_strangers: RateBudget = field(default_factory=lambda: RateBudget(200, 500))  # of all of them together
     records: Budget = field(default_factory=lambda: Budget(10_000))
     record_bytes: Budget = field(default_factory=lambda: Budget(16 * MIB))
     records_per_publisher: KeyedBudget = field(default_factory=lambda: KeyedBudget(64))

@@ -32,6 +32,7 @@ from .dht_protocol import GuardedProtocol
 from .dht_publish import Publisher
 from .dht_records import RecordStore
 from .dht_routing import Crawl
+from .dht_socket import DatagramSocket
 from .rendezvous import Record, RendezvousStatus
 
 log = logging.getLogger(__name__)
@@ -108,9 +109,8 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
         """Open the socket and begin to look for the swarm. Does not wait for anybody."""
         config = self._config
         self._loop.set_exception_handler(self._on_loop_error)
-        self.transport, self.protocol = await self._loop.create_datagram_endpoint(
-            self._create_protocol, sock=config.sock
-        )
+        self.protocol = self._create_protocol()
+        self.transport = DatagramSocket(self._loop, config.sock, self.protocol, config.budgets.wake_ups)
         self._publisher = Publisher(
             self.protocol, self._proofs, config.wall_ms, config.replicas, config.rng, self._spawn
         )
