@@ -7,6 +7,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+# Which floor lies under which column.
+FLOORS = {
+    f"{system} {variant}": f"floor {kind} {variant}"
+    for system, kind in {"mpd": "sealed", "plain": "plain"}.items()
+    for variant in ("adopt", "copies")
+}
+
 console = Console(width=None if Console().is_terminal else 140)
 
 
@@ -22,17 +29,18 @@ def show_machine(machine: dict[str, Any]) -> None:
 
 
 def show_rounds(measured: list[dict[str, Any]]) -> None:
-    """Print one line per size, peers and system; each ratio is to Gloo's median on the line's own peers and size."""
+    """Print one line per size, peers and system, with ratios of medians on the line's own peers and size."""
     table = Table(title="seconds per round: median over rounds (min-max)", title_justify="left")
     table.add_column("peers", justify="right")
     table.add_column("MiB", justify="right")
     table.add_column("system")
-    for name in ("median", "min-max", "to Gloo", "CPU s", "others' cores", "failed"):
+    for name in ("median", "min-max", "to Gloo", "to floor", "CPU s", "others' cores", "failed"):
         table.add_column(name, justify="right")
     for case in measured:
         gloo = case["columns"]["gloo"]["median_s"]
         for name, column in case["columns"].items():
-            table.add_row(str(case["peers"]), str(case["mib"]), name, *_cells(column, gloo))
+            floor = case["columns"].get(FLOORS.get(name, ""), {}).get("median_s")
+            table.add_row(str(case["peers"]), str(case["mib"]), name, *_cells(column, gloo, floor))
         table.add_section()
     console.print(table)
     for case in measured:
@@ -41,13 +49,13 @@ def show_rounds(measured: list[dict[str, Any]]) -> None:
                 console.print(f"{case['peers']} x {case['mib']} MiB, {name}: {column['first_error']}", style="red")
 
 
-def _cells(column: dict[str, Any], gloo: float | None) -> list[str]:
+def _cells(column: dict[str, Any], gloo: float | None, floor: float | None) -> list[str]:
     failed = f"{column['failed']} of {column['rounds']}" if column["failed"] else ""
     rest = [f"{column['cpu_s']:.2f}", f"{column['others_cores']:.2f}", failed]
     if column["median_s"] is None:
-        return ["-", "-", "-", *rest]
-    ratio = f"{column['median_s'] / gloo:.2f}" if gloo else "-"
-    return [f"{column['median_s']:.4f}", f"{column['min_s']:.4f}-{column['max_s']:.4f}", ratio, *rest]
+        return ["-", "-", "-", "-", *rest]
+    ratios = [f"{column['median_s'] / each:.2f}" if each else "" for each in (gloo, floor)]
+    return [f"{column['median_s']:.4f}", f"{column['min_s']:.4f}-{column['max_s']:.4f}", *ratios, *rest]
 
 
 def show_formation(formed: list[dict[str, Any]]) -> None:

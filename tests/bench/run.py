@@ -6,8 +6,8 @@
 
 All peers run on this machine and talk over loopback. mpd's step is end to end (client, shared memory, daemon, finding
 each other, exchange, commit), sealed as everywhere, and in the columns "plain" without sealing of tensors; Gloo's is a
-bare all_reduce in a fixed world and the division. Only ratios within one run mean anything; every single round is kept
-in the JSON file.
+bare all_reduce in a fixed world and the division. The floor is the memory traffic alone of each of mpd's columns (see
+floor_peer.py). Only ratios within one run mean anything; every single round is kept in the JSON file.
 """
 
 import argparse
@@ -21,15 +21,16 @@ import facts
 import report
 from rounds import Column, measure
 from small import footprint, formation
-from swarm import BenchError, children, start_gloo, start_hivemind, start_mpd
+from swarm import BenchError, children, start_floor, start_gloo, start_hivemind, start_mpd
 
 MEMORY_LIMIT_MIB = 16 * 1024
 # What a peer's processes hold, in MiB, before there are vectors, and how many vectors they hold for each column (with a
 # little for what is being reduced or under way): Gloo its own; mpd in and out, and its own if copied; hivemind its own
 # and those of its averager's process.
-PROCESSES_MIB = {"gloo": 150, "mpd": 190, "plain": 190, "hivemind": 500}
+PROCESSES_MIB = {"gloo": 150, "floor": 60, "mpd": 190, "plain": 190, "hivemind": 500}
 VECTORS = {
-    "gloo": 1.05, "mpd adopt": 2.15, "mpd copies": 3.15, "plain adopt": 2.15, "plain copies": 3.15,
+    "gloo": 1.05, "floor sealed adopt": 2.35, "floor sealed copies": 3.35, "floor plain adopt": 2.35,
+    "floor plain copies": 3.35, "mpd adopt": 2.15, "mpd copies": 3.15, "plain adopt": 2.15, "plain copies": 3.15,
     "hivemind float32": 2.4, "hivemind float16": 2.4,
 }  # fmt: skip
 
@@ -70,10 +71,16 @@ def compare(n: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="mpd-") as folder, children() as started:
         systems = {
             "gloo": start_gloo(Path(folder), n, started),
+            "floor": start_floor(Path(folder), n, started),
             "mpd": start_mpd(Path(folder) / "sealed", n, started),
             "plain": start_mpd(Path(folder) / "plain", n, started, "--plain-on-loopback"),
         }
-        variants = {"gloo": ["gloo"], "mpd": ["adopt", "copies"], "plain": ["adopt", "copies"]}
+        variants = {
+            "gloo": ["gloo"],
+            "floor": ["sealed adopt", "sealed copies", "plain adopt", "plain copies"],
+            "mpd": ["adopt", "copies"],
+            "plain": ["adopt", "copies"],
+        }
         if args.hivemind:
             systems["hivemind"] = start_hivemind(args.hivemind, Path(folder), n, started)
             variants["hivemind"] = ["float32", "float16"]

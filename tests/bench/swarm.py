@@ -204,6 +204,12 @@ def start_gloo(folder: Path, n: int, started: list[Child]) -> Peers:
     return ready(Peers([Child(f"gloo{i}", [*command, str(i), str(n), meet], folder, started) for i in range(n)]))
 
 
+def start_floor(folder: Path, n: int, started: list[Child]) -> Peers:
+    """Start the `n` peers that do the least there is to do."""
+    command: list[str | Path] = [sys.executable, HERE / "floor_peer.py"]
+    return ready(Peers([Child(f"floor{i}", [*command, str(i), str(n), folder], folder, started) for i in range(n)]))
+
+
 def start_hivemind(python: Path, folder: Path, n: int, started: list[Child]) -> Peers:
     """Start `n` peers of hivemind with the interpreter `python`."""
     command: list[str | Path] = [python, HERE / "hivemind_peer.py"]
