@@ -62,9 +62,10 @@ demo: .venv/installed
 	@echo 'Starting a swarm of daemons on this machine.'
 	@$(BIN)/python docs/examples/demo.py
 
+# Two at a time; tests that share a swarm are in one file and stay together.
 test: .venv/installed
 	@echo 'Running the test suite.'
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --dist loadfile
 
 check: .venv/installed build/view
 	@echo 'Checking format and lint.'

@@ -547,22 +547,16 @@ def test_a_name_that_cannot_be_shown_is_refused(name: str) -> None:
         new_root(ROOT_KEY, name, NOW_S, SERIAL)
 
 
-@pytest.mark.parametrize(
-    ("now_s", "serial", "why"),
-    [
-        (0.0, 1, "is not a time"),
-        (float("nan"), 1, "is not a time"),
-        (float("inf"), 1, "is not a time"),
-        (-1e300, 1, "is not a time"),
-        (2.0**35, 1, "is not a time"),
-        (NOW_S, 0, "at most 159 bits"),
-        (NOW_S, -1, "at most 159 bits"),
-        (NOW_S, 1 << 159, "at most 159 bits"),
-    ],
-)
-def test_a_time_or_a_number_that_no_certificate_can_have_is_refused(now_s: float, serial: int, why: str) -> None:
-    with pytest.raises(LocalError, match=why):
-        new_root(ROOT_KEY, "lab", now_s, serial)
+@pytest.mark.parametrize("now_s", [0.0, float("nan"), float("inf"), -1e300, 2.0**35])
+def test_a_time_that_no_certificate_can_have_is_refused(now_s: float) -> None:
+    with pytest.raises(LocalError, match="is not a time"):
+        new_root(ROOT_KEY, "lab", now_s, SERIAL)
+
+
+@pytest.mark.parametrize("serial", [0, -1, 1 << 159])
+def test_a_number_that_no_certificate_can_have_is_refused(serial: int) -> None:
+    with pytest.raises(LocalError, match="at most 159 bits"):
+        new_root(ROOT_KEY, "lab", NOW_S, serial)
 
 
 @pytest.mark.parametrize("n_bytes", [0, 31, 33])
