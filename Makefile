@@ -94,7 +94,7 @@ docs: .venv/installed
 
 bench: .venv/installed
 	@echo 'Measuring; this is only fair on an idle machine.'
-	@$(BIN)/python tests/bench/run.py
+	@$(BIN)/python tests/bench/run.py --history docs/benchmarks/history.jsonl
 
 fuzz: .venv/installed
 	@echo 'Trying the parsers with $(FUZZ_EXAMPLES) inputs per property.'

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import facts
+import history
 import report
 from rounds import Column, measure
 from small import footprint, formation
@@ -62,6 +63,10 @@ def main() -> int:
         print("bench interrupted", file=sys.stderr)
         code = 130
     print(f"all figures: {report.save(args.out, result)}")
+    if args.history and result.get("rounds"):
+        history.append(args.history, result)
+        history.draw(history.latest(args.history), args.history.with_suffix(".svg"))
+        print(f"ratios: {args.history} and {args.history.with_suffix('.svg')}")
     return code
 
 
@@ -125,6 +130,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="2 and 4 peers, 16 MiB, few rounds")
     parser.add_argument("--hivemind", type=Path, metavar="PYTHON", help="interpreter of an environment with hivemind")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder for the JSON file")
+    parser.add_argument(
+        "--history", type=Path, metavar="FILE", help="add the ratios to this file and draw them beside it"
+    )
     args = parser.parse_args()
     if args.rounds < 5:
         parser.error(f"--rounds is {args.rounds}: at least 5 expected, a median of fewer says little")
