@@ -20,7 +20,7 @@ PARSERS := $(addprefix tests/, \
 	daemon/test_dht_messages.py daemon/test_dht_records.py daemon/test_swarm_store.py)
 
 # Tests whose numbers are larger with MPD_SOAK=1: the full figures of docs/security.md and docs/reliability.md.
-SOAKS := $(shell grep -lrw SOAK tests --include='test_*.py')
+SOAKS := $(shell grep -lr SOAK tests --include='test_*.py')
 
 .PHONY: help demo test check format bench fuzz soak docs clean
 .DELETE_ON_ERROR:
