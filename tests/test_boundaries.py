@@ -31,6 +31,7 @@ LINE = (
     "layout",
     "mass",
     "schedule",
+    "deadlines",
     "reduce",
     "robust",
     "codecs",
