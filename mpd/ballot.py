@@ -69,17 +69,21 @@ def has_bit(bitmap: bytes, chunk: int) -> bool:
 def decide(round_plan: RoundPlan, epoch: int, reports: Mapping[int, Report], slow: int) -> Plan:
     """Return plan `epoch` from the reports of at least a redo quorum.
 
-    Members in `slow` are not waited for as writers and write nothing new, unless nobody else can.
+    Members in `slow` write nothing new, unless nobody else can, and are not waited for as writers. What they report
+    binds only if there is no redo quorum without them: any quorum hears of what may have been published, and what only
+    they hold would have to come from them.
     """
     alive = mask_of(reports)
-    highest = max(reports.values(), key=lambda report: report.accepted)
-    table = highest.table if highest.accepted >= 0 else _choose_freely(round_plan, epoch, reports, slow)
+    prompt = {member: report for member, report in reports.items() if not slow >> member & 1}
+    if len(prompt) < round_plan.redo_quorum or not mask_of(prompt) & round_plan.inbound:
+        prompt = dict(reports)
+    highest = max(prompt.values(), key=lambda report: report.accepted)
+    table = highest.table if highest.accepted >= 0 else _choose_freely(round_plan, epoch, prompt, slow)
     return Plan(epoch, table, alive, _uneven_holders(table, reports))
 
 
 def _choose_freely(round_plan: RoundPlan, epoch: int, reports: Mapping[int, Report], slow: int) -> Table:
-    alive = mask_of(reports)
-    able = alive & round_plan.inbound
+    able = mask_of(reports) & round_plan.inbound
     writers = members_of(able & ~slow or able)
     table: list[TableEntry] = []
     n_redone = 0

@@ -5,6 +5,8 @@ the very plan that calls for it is installed, and never again: closed twice, it 
 """
 
 import struct
+from collections import Counter
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any
 
@@ -183,12 +185,18 @@ class Chunks:
 
     def suppliers(self) -> int:
         """Mask of the members from whom lacking chunks are to come."""
-        suppliers = 0
+        return mask_of(supplier for supplier, _ in self._lacking())
+
+    def lacking_from_writers(self) -> Counter[int]:
+        """Count the lacking chunks by writer, those left out that are to come from somebody else."""
+        return Counter(writer for supplier, writer in self._lacking() if supplier == writer)
+
+    def _lacking(self) -> Iterator[tuple[int, int]]:
+        """Yield supplier and writer of each chunk that I lack."""
         if self.n_lacking:
             for chunk, (version, writer) in enumerate(self.plan.table):
                 if self.versions[chunk] != version:
-                    suppliers |= 1 << self.seeker.supplier(chunk, writer)
-        return suppliers
+                    yield self.seeker.supplier(chunk, writer), writer
 
     def held(self) -> bytes:
         """Bitmap of the chunks that I hold as the plan names them."""

@@ -33,8 +33,8 @@ MIN_MEASURED_BYTES = 1 << 20  # received in a round; less tells of latency, not 
 MAX_LEADER_FACTOR = 4.0  # times what our own links show: no leader makes us wait longer for the silent
 
 PATIENCE_FACTOR = 2.0  # times what most members took
-PATIENCE_SLACK = 0.5  # plus so many progress limits: how long a slow member is waited for without a look at its rate
-HOPE = 2.0  # times that, if at its rate it will be done by then
+PATIENCE_SLACK = 0.5  # plus so many progress limits: how long a member is waited for without a look at its rate
+HOPE = 2.0  # times that, unless its rate says that it will not be done by then
 
 
 class Gauge:
@@ -232,19 +232,22 @@ class Pace:
 
 
 def patience_s(typical_s: float, progress_s: float) -> float:
-    """Return how long a member may take at least, where most members took `typical_s`."""
+    """Return how long a member may take whatever its rate, where most members took `typical_s`."""
     return PATIENCE_FACTOR * typical_s + PATIENCE_SLACK * progress_s
 
 
-def is_left_behind(elapsed_s: float, n_done: int, n_owed: int, typical_s: float, progress_s: float) -> bool:
-    """Return True if a member that has delivered `n_done` of `n_owed` records in `elapsed_s` is not waited for.
+def is_left_behind(
+    elapsed_s: float, n_done: int, last_s: float, n_owed: int, typical_s: float, progress_s: float
+) -> bool:
+    """Return True if a member that has delivered `n_done` of `n_owed` records is not waited for any longer.
 
     To be asked only where most members have delivered everything; the last of that majority took `typical_s`. A member
-    gets `patience_s`; and `HOPE` times that if, should its rate hold, it will be done by then. Records are counted once
-    they are whole and verified, and the one under way counts as done, so a rate is judged by its best case.
+    gets `patience_s`, and `HOPE` times that unless its rate says that it will not be done by then. The rate is that of
+    its records up to the last, which came after `last_s`: a member that stumbles is not mistaken for a slow one, and
+    one that has delivered nothing is a matter of the progress limit.
     """
     patience = patience_s(typical_s, progress_s)
     if n_done >= n_owed or elapsed_s < patience:
         return False
-    at_best_s = elapsed_s * n_owed / (n_done + 1)
-    return elapsed_s >= HOPE * patience or at_best_s > HOPE * patience
+    is_too_slow = n_done > 0 and last_s * n_owed / n_done > HOPE * patience
+    return is_too_slow or elapsed_s >= HOPE * patience

@@ -19,7 +19,7 @@ from mpd.chunks import NO_VERSION, Chunks
 from mpd.errors import PeerError, RoundFailed
 from mpd.group import Group
 from mpd.messages import Ask, Commit, Done, Few, Need, NewPlan, Prepare, Promise, Want
-from mpd.reduce import members_of
+from mpd.reduce import mask_of, members_of
 from mpd.replan import Replanner
 from mpd.rounds import (
     Action,
@@ -34,6 +34,7 @@ from mpd.rounds import (
     SendResult,
     Vault,
 )
+from mpd.tempo import Tempo
 
 __all__ = [
     "Exchange",
@@ -59,7 +60,8 @@ PATROL = 0.25  # how often silence is looked for
 class Exchange:
     """The machine of one member in one round.
 
-    `ended` and `reason` say how it went, `gone` that the round's links may be forgotten. After a success,
+    `ended` and `reason` say how it went, `gone` that the round's links may be forgotten, `tempo` how fast the others
+    were. After a success,
     `contributors`, `chunk_contributors`, `confirmed` and `missing` describe the result.
     """
 
@@ -68,6 +70,7 @@ class Exchange:
         self._group = Group(plan, now)
         self._chunks = Chunks(plan, vault, self._group)
         self._agreement = Agreement(plan, self._group, self._chunks)
+        self.tempo = Tempo(plan, now)
         self.ended: Ended | None = None
         self.reason = ""
         self.gone = False
@@ -85,6 +88,8 @@ class Exchange:
     def on_piece(self, now: float, sender: int, chunk: int, version: int, payload: Any) -> None:
         """A whole, verified piece has arrived. Raises PeerError if the sender must not send it."""
         wanted = self.wants_piece(sender, chunk, version)
+        if version == 0:
+            self.tempo.note_piece(now, sender, chunk)
         if wanted:  # what is sent once more is no sign that the rest will ever come
             self._note_delivery(now, sender)
             try:
@@ -298,16 +303,27 @@ class Exchange:
             self._must_review = True
 
     def _patrol(self, now: float) -> None:
-        """Stop waiting for whoever has delivered nothing for too long."""
+        """Stop waiting for whoever has delivered nothing for too long, or far less than the others."""
         progress_s, group = self._round.progress_s, self._group
         self._patrol_at = now + PATROL * progress_s
-        overdue = self._chunks.collector.overdue(group.unheard_since(now - SENDER_SILENCE * progress_s))
-        if overdue:
-            self._drop_senders(overdue, f"it sent nothing for {progress_s:g} s while a chunk waited for it")
-        silent = group.unheard_since(now - SUPPLIER_SILENCE * progress_s) & ~group.silent
-        silent_suppliers = silent and silent & self._chunks.suppliers()
-        if silent_suppliers:
-            group.silent |= silent_suppliers
+        collector = self._chunks.collector
+        overdue = collector.overdue(group.unheard_since(now - SENDER_SILENCE * progress_s))
+        why = dict.fromkeys(members_of(overdue), f"it sent nothing for {progress_s:g} s while a chunk waited for it")
+        if collector.chunks():
+            why |= self.tempo.slow_senders(now, collector.expected & ~overdue)
+        for member, reason in why.items():
+            self._drop_senders(1 << member, reason)
+        self.tempo.laggards |= mask_of(why)
+        lacking = self._chunks.lacking_from_writers()
+        slow = self.tempo.slow_reducers(now, self._agreement.plan.epoch, lacking) & group.linked
+        if 2 * (group.slow | slow).bit_count() < self._round.n_members:
+            group.slow |= slow
+        else:
+            slow = 0
+        unheard = group.unheard_since(now - SUPPLIER_SILENCE * progress_s)
+        silent = unheard and unheard & self._chunks.suppliers()
+        if (slow | silent) & ~group.silent:
+            group.silent |= slow | silent
             self._replanner.ask_anew()
             self._must_review = True
 

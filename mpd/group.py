@@ -14,7 +14,8 @@ MAX_SERVINGS = 16  # how often a member may ask for every chunk; honest ones ask
 class Group:
     """Who is linked, who delivers, who can still gather a redo quorum; sets are masks.
 
-    `silent` holds the suppliers that are linked but deliver nothing. `few` holds those that are linked to too few
+    `silent` holds the suppliers that are linked but deliver nothing, or too slowly: those are in `slow` as well, and
+    stay there. `few` holds those that are linked to too few
     members to gather a redo quorum, as far as they said so.
     """
 
@@ -24,6 +25,7 @@ class Group:
         self.actions: list[Action] = []
         self.linked = plan.linked_from_start()
         self.silent = 0
+        self.slow = 0
         self.reasons: dict[int, str] = {}
         self._heard = [now] * plan.n_members
         self._servings = [0] * plan.n_members
@@ -71,9 +73,10 @@ class Group:
     def note_delivery(self, now: float, sender: int) -> bool:
         """Bytes of a data record came from `sender`. Returns True if that ends its silence."""
         self._heard[sender] = now
-        was_silent = self.silent >> sender & 1 == 1
-        self.silent &= ~(1 << sender)
-        return was_silent
+        ends_silence = (self.silent & ~self.slow) >> sender & 1 == 1
+        if ends_silence:
+            self.silent &= ~(1 << sender)
+        return ends_silence
 
     def restart_clocks(self, now: float) -> None:
         """Measure silence from `now` on: others are waited for than before."""

@@ -44,6 +44,7 @@ LINE = (
     "matchmaking",
     "grouping",
     "rounds",
+    "tempo",
     "ballot",
     "collect",
     "seek",

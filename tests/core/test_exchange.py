@@ -200,7 +200,7 @@ def test_without_that_rule_two_results_are_published(monkeypatch: pytest.MonkeyP
 
     def deaf(round_plan, epoch, reports, slow):  # type: ignore[no-untyped-def]
         unheard = {member: dataclasses.replace(report, accepted=-1) for member, report in reports.items()}
-        return rule(round_plan, epoch, unheard, slow)
+        return rule(round_plan, epoch, unheard, 0)  # nor does it look away from what slow members hold
 
     monkeypatch.setattr(mpd.agreement, "decide", deaf)
     with pytest.raises(Violation, match="I2"):
@@ -375,13 +375,16 @@ def test_a_sender_that_holds_up_a_chunk_is_dropped_for_good() -> None:
     assert net.members[1].missing == {2: "not in 1 of 2 chunks: another member reduced without it"}
 
 
-def test_bytes_of_an_unfinished_piece_keep_a_sender_in() -> None:
+def test_bytes_of_an_unfinished_piece_keep_a_sender_in_unless_most_others_were_much_quicker() -> None:
     exchange, _ = machine(3, 0, [0])
-    exchange.on_piece(0.0, 1, 0, 0, 4)
+    exchange.on_piece(1.0, 1, 0, 0, 4)
     for tick in range(1, 20):
         exchange.on_progress(tick * 0.25, 2)
         exchange.on_tick(tick * 0.25)
     assert exchange.wants_piece(2, 0, 0)
+    exchange.on_tick(5.0)
+    assert exchange.holds(0, 0)
+    assert "it was too slow: 0 of 1 pieces in 5.0 s, after most members had sent theirs in 1.0 s" in exchange.missing[2]
 
 
 def test_a_writer_that_hears_nobody_waits() -> None:

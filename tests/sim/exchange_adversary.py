@@ -18,7 +18,8 @@ FAULT_MIXES = (
     ("isolate",),
     ("crash", "hasten"),
     ("complain", "crash"),
-    ("crash", "cut", "freeze", "isolate", "hasten", "complain"),
+    ("accuse", "crash", "cut"),
+    ("crash", "cut", "freeze", "isolate", "hasten", "complain", "accuse"),
 )
 STORM = ("cut", "hasten", "hasten", "hasten", "crash", "freeze", "complain")  # competing coordinators
 SIZES = (2, 3, 3, 4, 4, 5, 5, 6, 7, 8)
@@ -125,11 +126,23 @@ class Run:
             self._hasten(i)
         elif kind == "complain":
             self._hasten(i, by_s=r.choice((1.3, 2.8)) * PROGRESS_S)
+        elif kind == "accuse":
+            self._accuse(i, j)
 
     def _cut(self, i: int, j: int) -> None:
         if frozenset((i, j)) not in self.net.over:
             link, r = self.net.links[i, j], self.random
             self.net.cut(i, j, r.randint(0, len(link.control)), r.randint(0, len(link.data)))
+
+    def _accuse(self, i: int, j: int) -> None:
+        """Member i judges j to be slow, as a sender and as a reducer."""
+        member = self.net.members[i]
+        if member.ended is None and 2 * (member._group.slow | 1 << j).bit_count() < self.net.n:
+            member._group.slow |= 1 << j
+            member._group.silent |= 1 << j & member._group.linked
+            member._replanner.ask_anew()
+            member._drop_senders(1 << j, "accused")
+            self._hasten(i, by_s=0.001)
 
     def _note_crash(self, i: int) -> None:
         self.n_crashes += 1
