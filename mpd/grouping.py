@@ -5,6 +5,7 @@ bounded; who does not fit is left out and named, so that one bad ticket does not
 """
 
 import random
+from collections.abc import Mapping
 
 from mpd.errors import RoundFailed
 from mpd.grid import Shape, axis_of, line_of, on_grid, seating
@@ -12,7 +13,7 @@ from mpd.ids import ROUND_ID_BYTES, PeerId
 from mpd.layout import MAX_WEIGHT
 from mpd.mass import shares
 from mpd.messages import Begin, Join, Member
-from mpd.schedule import chunk_bytes_for, fractions
+from mpd.schedule import chunk_bytes_for, tempered_fractions
 
 MAX_LEFT_OUT = 1024
 
@@ -26,6 +27,7 @@ def compose_begin(
     rng: random.Random,
     progress_s: float,
     payload_bytes: int,
+    uploads: Mapping[PeerId, float] | None = None,
 ) -> Begin:
     """Return the `Begin` of a group.
 
@@ -38,10 +40,10 @@ def compose_begin(
         rng: source of the round id; `random.SystemRandom()` outside tests.
         progress_s: how long a member may deliver nothing while others wait for it.
         payload_bytes: size of the vector.
+        uploads: how fast members send, as the leader has measured, in bytes per second; nothing is known of the others.
 
-    All members that can be dialled reduce equal shards. Their tickets say how fast their links were, not how fast they
-    could be, and between processes of one machine even that is mostly noise: good enough to bound the chunks, not to
-    move work from one member to another.
+    Members that can be dialled reduce shards by their bandwidth, the smaller one of what they say about receiving and
+    what the leader knows about their sending.
 
     A ticket that does not stand on the leader's line, or that weighs more than a peer may, is left out. Raises
     RoundFailed if fewer than two members remain, if nobody among them can reduce, or if nobody's weight counts.
@@ -57,7 +59,8 @@ def compose_begin(
     tickets = [fitting[PeerId(peer)] for peer in peers]
     if not any(ticket.inbound for ticket in tickets):
         raise RoundFailed("nobody in the group accepts connections, so nobody can reduce")
-    split = fractions([float(ticket.inbound) for ticket in tickets])
+    bandwidths = [_bandwidth(fitting[peer], (uploads or {}).get(peer, 0.0)) for peer in map(PeerId, peers)]
+    split = tempered_fractions(bandwidths, [ticket.inbound for ticket in tickets])
     share = shares([ticket.standing for ticket in tickets], leader.number, shape, exact)
     if sum(share.weights) <= 0:
         raise RoundFailed("nobody in the group brings any weight into this round")
@@ -75,7 +78,7 @@ def compose_begin(
             )
         ),
         whole=share.whole and not left_out,
-        chunk_bytes=chunk_bytes_for(payload_bytes, len(peers), _slowest(tickets)),
+        chunk_bytes=chunk_bytes_for(payload_bytes, len(peers), min((b for b in bandwidths if b > 0), default=0.0)),
         timeout_s=max(ticket.time_left_s for ticket in tickets),
         progress_s=progress_s,
         left_out={bytes(peer): why for peer, why in list(left_out.items())[:MAX_LEFT_OUT]},
@@ -94,6 +97,6 @@ def _misfit(ticket: Join, leader: Join, shape: Shape, exact: bool) -> str:
     return ""
 
 
-def _slowest(tickets: list[Join]) -> float:
-    """Return the smallest bandwidth that any member has measured, 0 if nobody has."""
-    return min((ticket.bandwidth for ticket in tickets if ticket.bandwidth > 0), default=0.0)
+def _bandwidth(ticket: Join, upload: float) -> float:
+    """Return the bandwidth of a member in its slower direction, as far as it is known; 0 if it is not at all."""
+    return min((known for known in (ticket.bandwidth, upload) if known > 0), default=0.0)

@@ -98,7 +98,8 @@ class Matchmaker:
         self._register = Register()
         self._ticket: Join | None = None
         self._ready_s = self._asked_s = -math.inf
-        self._window_ends_s = self._time_ends_s = math.inf
+        self._window_ends_s = self._alone_ends_s = self._time_ends_s = math.inf
+        self._arrivals: dict[PeerId, float] = {}  # when each peer first said that it is ready
         self._actions: list[Send] = []
 
     # ---------------------------------------------------------------------------------------------------------- events
@@ -120,14 +121,20 @@ class Matchmaker:
             self._lose(now, peer, reason)
             self._settle(now)
 
-    def on_ready(self, now: float, ticket: Join) -> None:
-        """Our trainer asked. `ticket` is what we bring to a leader; its `time_left_s` counts from now."""
+    def on_ready(self, now: float, ticket: Join, window_s: float | None = None) -> None:
+        """Our trainer asked. `ticket` is what we bring to a leader; its `time_left_s` counts from now.
+
+        `window_s` replaces that of the limits, as it may have been learnt only after this machine was made.
+        """
         self._move(Move.READY)
         self._ticket = ticket
         self._ready_s = now
         self._time_ends_s = now + ticket.time_left_s
         # At least half of a short step is left for the exchange.
+        if window_s is not None:
+            self._limits = replace(self._limits, window_s=window_s)
         self._window_ends_s = now + min(self._limits.window_s, ticket.time_left_s / 2)
+        self._alone_ends_s = now + min(self._limits.alone_s, ticket.time_left_s / 2)
         self._settle(now)
 
     def on_message(self, now: float, peer: PeerId, message: Message) -> None:
@@ -136,6 +143,8 @@ class Matchmaker:
             raise PeerError(f"a {type(message).__name__} for slot {message.slot.hex()} came to {self._slot.hex()}")
         if isinstance(message, Here | Join | Begin) and message.run != self._run:
             raise PeerError(f"a {type(message).__name__} of run {message.run[:64]!r} came to a slot of {self._run!r}")
+        if isinstance(message, Join) or (isinstance(message, Here) and message.ready):
+            self._arrivals.setdefault(peer, now)
         if self.verdict:
             if isinstance(message, Join):
                 self._send(peer, Declined(self._slot, "busy", detail=self.reason))
@@ -166,6 +175,15 @@ class Matchmaker:
         if not self.verdict:
             self._stay_alone(reason)
             self._settle(now)
+
+    def lateness(self, now: float) -> dict[PeerId, float]:
+        """Return how many seconds after us each member of the group that began became ready; 0 for those before us.
+
+        To be asked when the group begins: a member that was collected by others was ready by then.
+        """
+        members = self.verdict.begin.members if isinstance(self.verdict, Begun) else ()
+        peers = [peer_id(member.peer) for member in members if member.peer != self._me]
+        return {peer: max(0.0, self._arrivals.get(peer, now) - self._ready_s) for peer in peers}
 
     def take_actions(self) -> list[Send]:
         """Return what is to be sent, in order, and forget it."""
@@ -286,6 +304,7 @@ class Matchmaker:
         self.leader = None
         # Those who followed the same leader look for a new one now, and must find each other.
         self._window_ends_s = max(self._window_ends_s, now + self._limits.answer_s)
+        self._alone_ends_s = max(self._alone_ends_s, now + self._limits.answer_s)
 
     # ------------------------------------------------------------------------------------------------------ what we do
 
@@ -387,6 +406,7 @@ class Matchmaker:
             asked_s=self._asked_s,
             news_s=max(self._ready_s, self._register.news_s),
             window_ends_s=self._window_ends_s,
+            alone_ends_s=self._alone_ends_s,
             time_ends_s=self._time_ends_s,
         )
 

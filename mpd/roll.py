@@ -24,13 +24,16 @@ Rank = tuple[bool, int, PeerId]
 class MatchLimits:
     """How long to wait for what.
 
-    `window_s`: for announced peers that are not ready. `settle_s`: after the last newcomer, where more peers are
-    expected than are known. `answer_s`: for the answer to a `Join`.
+    `window_s`: for announced peers that are not ready, by a leader that has company. `alone_s`: for any company at all.
+    `settle_s`: after the last newcomer, where more peers are expected than are known. `answer_s`: for the answer to a
+    `Join`. `leader_s`: for a leader that took us in; its window may be longer than ours.
     """
 
     window_s: float = 5.0
     settle_s: float = 1.0
     answer_s: float = 1.0
+    alone_s: float = 5.0
+    leader_s: float = 5.0
 
 
 # ---------------------------------------------------------------------------------------------------------- the states
@@ -225,6 +228,7 @@ class Roll:
     asked_s: float
     news_s: float
     window_ends_s: float
+    alone_ends_s: float
     time_ends_s: float
 
     @property
@@ -243,7 +247,7 @@ def decide(now: float, roll: Roll, limits: MatchLimits) -> tuple[Verdict, str]:
         return Verdict.ASK, f"{name(roll.to_ask)} leads"
     if roll.members > 1:
         return _decide_as_leader(now, roll, limits)
-    if now < roll.window_ends_s:
+    if now < roll.alone_ends_s:
         return Verdict.WAIT, _waiting_for(roll)
     if roll.announced > 1:
         return Verdict.GIVE_UP, f"window ended and nobody had joined; missing: {_left_out(roll)}"
@@ -257,7 +261,7 @@ def _decide_with_leader(now: float, roll: Roll, limits: MatchLimits, leader: Pee
             return Verdict.DROP, f"did not answer within {limits.answer_s:g} s"
         return Verdict.WAIT, f"asking {name(leader)} for a place in its group"
     if now >= _begins_by(roll, limits):
-        return Verdict.DROP, f"took us in and did not begin within {limits.window_s + limits.answer_s:g} s"
+        return Verdict.DROP, f"took us in and did not begin within {limits.leader_s + limits.answer_s:g} s"
     # Not at once: nearly always the group begins before this, and nobody needs to be told.
     if is_overdue and roll.to_point:
         return Verdict.POINT, f"telling others to ask {name(leader)}"
@@ -266,7 +270,7 @@ def _decide_with_leader(now: float, roll: Roll, limits: MatchLimits, leader: Pee
 
 def _begins_by(roll: Roll, limits: MatchLimits) -> float:
     """Return when a leader that took us in has had its whole window, which began before we asked."""
-    return roll.asked_s + limits.window_s + limits.answer_s
+    return roll.asked_s + limits.leader_s + limits.answer_s
 
 
 def _decide_as_leader(now: float, roll: Roll, limits: MatchLimits) -> tuple[Verdict, str]:
@@ -294,7 +298,7 @@ def next_change(now: float, roll: Roll, limits: MatchLimits) -> float:
     if roll.leader:
         due = roll.asked_s + limits.answer_s, _begins_by(roll, limits)
     else:
-        due = roll.window_ends_s, roll.news_s + limits.settle_s
+        due = roll.window_ends_s, roll.alone_ends_s, roll.news_s + limits.settle_s
     return min((at for at in (*due, roll.time_ends_s) if at > now), default=math.inf)
 
 

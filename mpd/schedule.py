@@ -19,6 +19,9 @@ MAX_CHUNK_BYTES = 1024 * 1024
 FIRST_CHUNK_BYTES = 256 * 1024
 CHUNK_S = 0.02
 BORDER_BYTES = 64
+ALIKE = 4.0  # bandwidths that differ by less from the median count as the median: measurements are no better
+MAX_SHARE = 2.0  # times an equal share: nobody reduces more, however fast it is or says that it is
+MAX_STACKED_VECTORS = 4  # what a reducer may have to keep for a robust rule, in vectors of the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,41 @@ def fractions(bandwidths: Sequence[float]) -> tuple[float, ...]:
             break
         reducers -= too_slow
     return tuple((seconds * speeds[m] - 1) / (n - 2) if m in reducers else 0.0 for m in range(n))
+
+
+def tempered_fractions(bandwidths: Sequence[float], inbound: Sequence[bool]) -> tuple[float, ...]:
+    """Return the fraction of the vector that each member should reduce, from measurements that may be lies.
+
+    Args:
+        bandwidths: one per member, in bytes per second; 0 for a member of which nothing is known.
+        inbound: whether a member accepts connections; the others reduce nothing.
+
+    Who is about as fast as the median of those that can reduce, or unknown, counts like it; so shards differ only
+    where bandwidths certainly do. A member that is much slower reduces nothing, which is the optimum (it would come
+    last even so), and stays in the group. One that is much faster gets at most `MAX_SHARE` times an equal share, and
+    nobody more than a robust rule may have to stack. Sums to 1. Raises LocalError if nobody can reduce.
+    """
+    n, n_reducers = len(inbound), sum(inbound)
+    known = sorted(b for b, can in zip(bandwidths, inbound, strict=True) if can and 0 < b < math.inf)
+    if not known or n <= 2:
+        return fractions([float(can) for can in inbound])
+    median = known[(len(known) - 1) // 2]
+
+    def tempered(bandwidth: float) -> float:
+        if not 0 < bandwidth < math.inf or median / ALIKE <= bandwidth <= median * ALIKE:
+            return 1.0
+        return min(bandwidth / median, MAX_SHARE)
+
+    shares = fractions([tempered(b) if can else 0.0 for b, can in zip(bandwidths, inbound, strict=True)])
+    most = min(MAX_SHARE / n_reducers, MAX_STACKED_VECTORS / (n - 1))
+    for able in ([share > 0 for share in shares], inbound):
+        rooms = [max(0.0, most - share) if can else 0.0 for share, can in zip(shares, able, strict=True)]
+        excess = sum(max(0.0, share - most) for share in shares)
+        if sum(rooms) > 0 and excess <= sum(rooms):
+            return tuple(
+                min(share, most) + excess * room / sum(rooms) for share, room in zip(shares, rooms, strict=True)
+            )
+    return fractions([float(can) for can in inbound])
 
 
 def chunk_bytes_for(vector_bytes: int, n_members: int, bandwidth: float) -> int:

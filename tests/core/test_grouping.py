@@ -53,15 +53,35 @@ def test_whoever_is_left_out_costs_the_certificate() -> None:
     assert begin.left_out == {peer(9): "its link broke"}
 
 
-def test_all_who_can_be_dialled_reduce_equal_shards() -> None:
-    bandwidths = [100.0, 1e308, 0.0]
+def fractions_of(bandwidths: list[float], **options: Any) -> list[float]:
+    """Return the shards of peers that say these bandwidths of themselves; one more cannot be dialled."""
+    n = len(bandwidths)
     joined = tickets(
         *(ticket(i, bandwidth=bandwidth) for i, bandwidth in enumerate(bandwidths)),
-        ticket(3, inbound=False, bandwidth=900.0),
+        ticket(n, inbound=False, bandwidth=900.0),
     )
-    by_peer = {m.peer: m.fraction for m in compose(joined).members}
-    assert by_peer[peer(3)] == 0
-    assert [by_peer[peer(i)] for i in range(3)] == pytest.approx([1 / 3] * 3)
+    by_peer = {m.peer: m.fraction for m in compose(joined, **options).members}
+    assert by_peer[peer(n)] == 0
+    return [by_peer[peer(i)] for i in range(n)]
+
+
+def test_all_who_can_be_dialled_reduce_equal_shards_unless_they_certainly_differ() -> None:
+    assert fractions_of([0.0, 0.0, 0.0]) == pytest.approx([1 / 3] * 3)
+    assert fractions_of([100.0, 300.0, 0.0]) == pytest.approx([1 / 3] * 3)
+    assert fractions_of([1e8, 1e8, 0.0, 1e8, 2e7]) == pytest.approx([0.25] * 4 + [0])
+
+
+def test_what_the_leader_has_measured_counts_as_well() -> None:
+    uploads = {peer(0): 1e8, peer(1): 1e8, peer(2): 1e5}
+    assert fractions_of([0.0, 0.0, 0.0], uploads=uploads) == pytest.approx([0.5, 0.5, 0.0])
+    assert fractions_of([1e8, 1e8, 1e8], uploads={peer(2): 1e5}) == pytest.approx([0.5, 0.5, 0.0])
+
+
+def test_a_peer_that_lies_about_its_bandwidth_gets_no_more_than_twice_its_share() -> None:
+    fractions = fractions_of([1e8, 1e308, 1e8, 1e8])
+    assert 0.25 < fractions[1] <= 0.5
+    assert min(fractions) > 0.1
+    assert min(fractions_of([100.0, 1e308, 0.0])) > 0.1
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ ALONE = Roll(
     asked_s=0.0,
     news_s=0.0,
     window_ends_s=5.0,
+    alone_ends_s=5.0,
     time_ends_s=60.0,
 )
 
@@ -62,6 +63,8 @@ CASES = [
     (7.0, {"leader": A, "accepted": True}, Verdict.DROP, "took us in and did not begin within 7 s"),
     (1.9, {"leader": A, "accepted": True, "to_point": True}, Verdict.WAIT, f"waiting for {name(A)} to begin"),
     (2.0, {"leader": A, "accepted": True, "to_point": True}, Verdict.POINT, f"telling others to ask {name(A)}"),
+    (3.0, {"window_ends_s": 3.0, "awaited": (A,)}, Verdict.WAIT, "waiting for 1 of 2 announced peers"),
+    (3.0, {"window_ends_s": 3.0, "awaited": (A,), "members": 2}, Verdict.BEGIN, "window ended with 2 members"),
     (60.0, {"leader": A, "accepted": True}, Verdict.GIVE_UP, "the step's time was up before a group began"),
     (60.0, {"members": 4}, Verdict.GIVE_UP, "the step's time was up before a group began"),
 ]
@@ -72,6 +75,13 @@ def test_every_outcome_has_its_sentence(now: float, facts: dict[str, object], ve
     decided, reason = decide(now, replace(ALONE, **facts), LIMITS)  # type: ignore[arg-type]
     assert decided is verdict
     assert reason.startswith(sentence)
+
+
+def test_a_leader_that_took_us_in_gets_its_own_window_and_not_ours() -> None:
+    roll = replace(ALONE, leader=A, accepted=True, window_ends_s=1.0)
+    limits = replace(LIMITS, window_s=1.0, leader_s=10.0)
+    assert decide(11.9, roll, limits)[0] is Verdict.WAIT
+    assert decide(12.0, roll, limits)[0] is Verdict.DROP
 
 
 def test_the_cases_cover_every_verdict() -> None:

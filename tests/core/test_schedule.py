@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 
 from mpd.errors import LocalError
 from mpd.layout import ITEM_BYTES, Layout, TensorSpec
-from mpd.schedule import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, chunk_bytes_for, chunks, fractions, sending_order
+from mpd.schedule import (
+    ALIKE,
+    MAX_CHUNK_BYTES,
+    MAX_SHARE,
+    MAX_STACKED_VECTORS,
+    MIN_CHUNK_BYTES,
+    chunk_bytes_for,
+    chunks,
+    fractions,
+    sending_order,
+    tempered_fractions,
+)
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -70,6 +81,42 @@ def test_fractions_are_the_optimum(bandwidths):
     assert all(share >= 0 for share in shares)
     assert all(share == 0 for share, b in zip(shares, bandwidths, strict=True) if b == 0)
     assert slowest_s(bandwidths, shares) <= optimum_s(bandwidths) * (1 + 1e-9)
+
+
+CLAIMS = st.one_of(st.just(0.0), st.floats(allow_nan=True, allow_infinity=True))
+
+
+@given(st.lists(st.tuples(CLAIMS, st.booleans()), min_size=2, max_size=64).filter(lambda m: any(can for _, can in m)))
+def test_no_claims_starve_everybody_or_bloat_anybody(members):
+    """Whatever all of them say: the shards cover the vector, and nobody reduces more than twice an equal share."""
+    bandwidths, inbound = zip(*members, strict=True)
+    n, n_reducers = len(members), sum(inbound)
+    shares = tempered_fractions(bandwidths, inbound)
+    assert sum(shares) == pytest.approx(1)
+    assert all(0 <= share <= 1 and (can or share == 0) for share, can in zip(shares, inbound, strict=True))
+    assert max(shares) <= MAX_SHARE / n_reducers + 1e-9
+    if n_reducers * MAX_STACKED_VECTORS >= n - 1:
+        assert max(shares) * (n - 1) <= MAX_STACKED_VECTORS + 1e-9
+
+
+@given(st.lists(st.floats(1e6, 1e6 * ALIKE), min_size=5, max_size=48), CLAIMS, st.data())
+def test_one_lie_changes_no_other_share_by_much(honest, lie, data):
+    """Honest members that are alike: a liar gets between nothing and twice its share, they share the rest equally."""
+    place = data.draw(st.integers(0, len(honest) - 1))
+    equal = 1 / len(honest)
+    shares = tempered_fractions([*honest[:place], lie, *honest[place + 1 :]], [True] * len(honest))
+    others = shares[:place] + shares[place + 1 :]
+    assert 0 <= shares[place] <= MAX_SHARE * equal + 1e-9
+    assert max(others) <= MAX_SHARE * equal + 1e-9
+    assert tempered_fractions(honest, [True] * len(honest)) == pytest.approx([equal] * len(honest))
+
+
+def test_members_that_differ_certainly_reduce_by_their_bandwidth():
+    assert tempered_fractions([100.0] * 7 + [30.0], [True] * 8) == pytest.approx([1 / 8] * 8)
+    assert tempered_fractions([100.0] * 7 + [20.0], [True] * 8) == pytest.approx([1 / 7] * 7 + [0])
+    fast = tempered_fractions([100.0] * 7 + [1000.0], [True] * 8)
+    assert fast[0] < 1 / 8 < fast[7] == pytest.approx(2 / 8)
+    assert tempered_fractions([100.0, 1.0], [True, True]) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize(
