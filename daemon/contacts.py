@@ -4,7 +4,7 @@ A record in the rendezvous outlives the peer that published it. So whoever could
 absent until it speaks up or a new call to it goes through.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class Contacts:
         self.nursery: trio.Nursery | None = None  # where calls are made; nobody is called while there is none
         self._peers = peers
         self._on_absent = on_absent
+        self._watched: set[Link] = set()
         self._seqs: dict[PeerId, int] = {}
         self._endpoints: dict[PeerId, Endpoint | None] = {}
         self._absent: dict[PeerId, _Absence] = {}
@@ -103,6 +104,16 @@ class Contacts:
         if self._link(peer) is None and self.nursery is not None and peer not in self._calling:
             self._calling.add(peer)
             self.nursery.start_soon(self._call, peer)
+
+    def watch(self, peers: Iterable[PeerId], patience_s: float) -> None:
+        """Expect a sign of life every `patience_s` from `peers`, and no longer from those named before."""
+        links = {link for link in map(self._link, peers) if link is not None}
+        for link in self._watched - links:
+            link.awaited -= 1
+        for link in links - self._watched:
+            link.patience_s = patience_s
+            link.awaited += 1
+        self._watched = links
 
     async def _call(self, peer: PeerId) -> None:
         try:

@@ -96,8 +96,9 @@ class Link:
         self.instance = instance
         self.endpoint = endpoint  # where the peer can be dialled; None: nowhere
         self.remote_host = remote[0]
-        self.busy = 0  # how many rounds depend on this link now: then its silence is watched
-        self.patience_s = 2.0  # how long it may be silent while busy
+        self._busy = self._awaited = 0
+        self._needed = trio.Event()  # replaced by a new one before each wait
+        self.patience_s = 2.0  # how long it may be silent while it is watched
         self.repairs_left = MAX_REPAIRS  # how often its data connection may still be replaced
         self.bad_records = 0  # that did not open, or could not be right
         self.goodput = 0.0  # bytes per second while records arrive, smoothed
@@ -131,6 +132,36 @@ class Link:
         self._drained = trio.Event()  # nothing more can come on the data connection
 
     # --------------------------------------------------------------------------------------------------- for the daemon
+
+    @property
+    def busy(self) -> int:
+        """How many rounds depend on this link now: then its silence is watched."""
+        return self._busy
+
+    @busy.setter
+    def busy(self, n_rounds: int) -> None:
+        self._watch_from_now()
+        self._busy = n_rounds
+
+    @property
+    def awaited(self) -> int:
+        """How many lobbies wait for a word of the peer: its silence is watched then too."""
+        return self._awaited
+
+    @awaited.setter
+    def awaited(self, n_lobbies: int) -> None:
+        self._watch_from_now()
+        self._awaited = n_lobbies
+
+    @property
+    def is_watched(self) -> bool:
+        """True while the peer may not be silent for longer than `patience_s`."""
+        return self._busy > 0 or self._awaited > 0
+
+    def _watch_from_now(self) -> None:
+        if not self.is_watched:
+            self._heard_at = trio.current_time()  # that an idle link was silent is not held against the peer
+            self._needed.set()
 
     @property
     def bytes_sent(self) -> int:
@@ -235,14 +266,10 @@ class Link:
 
     async def _watch(self) -> None:
         """Ask for a sign of life while nothing is heard; end the link when none comes. Renew what has become old."""
-        was_busy = False
         while True:
-            if self.busy and not was_busy:  # that an idle link was silent is not held against the peer
-                self._heard_at = trio.current_time()
-            was_busy = self.busy > 0
-            patience = self.patience_s if self.busy else IDLE_PING_S
+            patience = self.patience_s if self.is_watched else IDLE_PING_S
             silent = trio.current_time() - self._heard_at
-            if silent > patience and (self.busy or silent > IDLE_PING_S + 10):
+            if silent > patience and (self.is_watched or silent > IDLE_PING_S + 10):
                 self.close(f"nothing was heard from it for {silent:.1f} s")
                 return
             if silent > patience / 4:
@@ -254,7 +281,9 @@ class Link:
                 return
             if self._sealing.is_initiator and self._wear() > (VERY_WORN if self.busy else WORN):
                 self._turn.cancel()
-            await trio.sleep(self.patience_s / 4 if self.busy else min(IDLE_PING_S / 4, self.patience_s))
+            self._needed = trio.Event()
+            with trio.move_on_after((self.patience_s if self.is_watched else IDLE_PING_S) / 4):
+                await self._needed.wait()
 
     def _wear(self) -> float:
         return self._channel.wear if self._channel is not None else 0.0

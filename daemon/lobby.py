@@ -15,6 +15,7 @@ from typing import Any
 import trio
 
 from mpd.config import RoundLimits
+from mpd.deadlines import Pace
 from mpd.errors import PeerError
 from mpd.grid import Cell, ShapeRecord, axis_of, line_of, next_cell, slot, table
 from mpd.grouping import compose_begin
@@ -24,7 +25,7 @@ from mpd.mass import Standing
 from mpd.matchmaking import Alone, Begun, Matchmaker, Sighting
 from mpd.messages import MAX_ROUND_S, Begin, Declined, Here, Join, Quit, RunTerms
 from mpd.roll import MatchLimits
-from mpd.schedule import MIN_CHUNK_BYTES
+from mpd.schedule import MAX_STACKED_VECTORS, MIN_CHUNK_BYTES
 
 from .contacts import Contacts
 from .links import Link
@@ -40,7 +41,6 @@ _IDLE_POLL_S = 10.0  # once the run has its shape
 _FRESH_S = 10.0  # how long a new attachment polls fast
 _MAX_TIMER_S = 0.25
 _MAX_LEFT_S = MAX_ROUND_S - 1  # of a ticket: added to a clock and taken away again, an hour may become a little more
-MAX_STACKED_VECTORS = 4  # that a robust rule may keep here, whatever a leader plans
 _FAREWELL_S = 0.3  # how long taking announcements back may take
 
 
@@ -82,6 +82,7 @@ class Lobby:
         self.last_cell: Cell = ()  # where the round that began last found us
         self.number = 0
         self.reason = "looking for other peers of this run"
+        self.pace = Pace(services.limits.progress_s, services.limits.window_s)
         self._services = services
         self._contacts = Contacts(services.peers, self._on_absent)
         self._roster = Roster(run, terms, services.own, services.rendezvous, services.limits, services.rng)
@@ -250,11 +251,13 @@ class Lobby:
         if self._was_deserted and not post.company:
             machine.cancel(now, "nobody else has announced this run")
         else:
-            machine.on_ready(now, self._ticket(post, standing(self.cell), max(0.001, deadline - now)))
+            ticket = self._ticket(post, standing(self.cell), max(0.001, deadline - now))
+            machine.on_ready(now, ticket, self.pace.window_s(post.company))
         self._pump(post)
         try:
             while machine.verdict is None:
                 self.reason = machine.reason
+                self._contacts.watch(post.company, self.pace.progress_s(post.company))
                 latest = trio.current_time() + _MAX_TIMER_S
                 with trio.move_on_at(min(machine.wakeup if machine.wakeup is not None else latest, latest)):
                     await self._changed.wait()
@@ -263,7 +266,10 @@ class Lobby:
         except trio.Cancelled:
             self._take_back(post)
             raise
+        finally:
+            self._contacts.watch((), 0.0)
         self.reason = machine.reason
+        self.pace.note_arrivals(machine.lateness(trio.current_time()))
         if isinstance(machine.verdict, Alone):
             await self._stay()
         return machine.verdict, post
@@ -302,7 +308,7 @@ class Lobby:
             host=endpoint.host if endpoint else "",
             port=endpoint.port if endpoint else 0,
             inbound=endpoint is not None and self._services.peers.is_reachable,
-            bandwidth=max((link.goodput for link in self._services.peers.links()), default=0.0),
+            bandwidth=self.pace.download(trio.current_time()),
             time_left_s=min(time_left_s, _MAX_LEFT_S),
         )
 
@@ -360,7 +366,8 @@ class Lobby:
         key = slot(self.run, self.terms.digest, record.epoch, axis, line)
         if line_size is None:
             line_size = table(record.n_peers, record.shape).expected(axis, line) if len(record.shape) > 1 else 0
-        limits = MatchLimits(window_s=self._services.limits.window_s)
+        window = self.pace.window
+        limits = MatchLimits(window_s=window.first_s, alone_s=window.first_s, leader_s=window.cap_s)
         machine = Matchmaker(self.own, key, self.run, self.number, self._compose, limits, line_size)
         post = self._post = _Post(key, self.number, machine)
         if old is not None and (old.slot, old.number) == (key, self.number):
@@ -373,14 +380,16 @@ class Lobby:
 
     def _compose(self, members: tuple[tuple[PeerId, Join], ...], left_out: dict[PeerId, str]) -> Begin:
         assert self.record is not None
+        now, others = trio.current_time(), [peer for peer, _ in members if peer != self.own]
         return compose_begin(
             members,
             left_out,
             shape=self.record.shape,
             exact=self.terms.rounds == "exact",
             rng=self._services.rng,
-            progress_s=self._services.limits.progress_s,
+            progress_s=self.pace.progress_s(others),
             payload_bytes=self.terms.layout.payload_bytes,
+            uploads={peer: self.pace.upload(now, peer) for peer in others},
         )
 
     @property

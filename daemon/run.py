@@ -20,7 +20,7 @@ from mpd.config import RoundLimits
 from mpd.control import Step, Stepped
 from mpd.errors import LocalError, RoundFailed
 from mpd.grid import Cell
-from mpd.ids import PeerId, RoundId, show_peer
+from mpd.ids import PeerId, RoundId, peer_id, show_peer
 from mpd.layout import Terms
 from mpd.mass import Shares, Standing, after, certificate, enter
 from mpd.matchmaking import Alone
@@ -284,7 +284,9 @@ class Run:
         me = [member.peer for member in members].index(self.lobby.own)
         vault = RegionVault(plan, source, target, [member.weight for member in members], me)
         vault.use(codec_named(self.terms.codec), self._pool)
-        session = self._sessions.begin(begin, me, vault, deadline)
+        others = [peer_id(member.peer) for member in members if member.peer != self.lobby.own]
+        progress_s = self.lobby.pace.accept_progress_s(begin.progress_s, others)
+        session = self._sessions.begin(begin, me, vault, deadline, progress_s)
         self._lingering.append((target, session))
         self._nursery.start_soon(self._carry, session)
         try:
@@ -323,6 +325,7 @@ class Run:
     def _account(self, tally: _Tally, session: RoundSession, standing: Standing, where: str) -> Standing | None:
         """Add a finished round to the tally; return this peer's standing in the next one."""
         begin, result = session.begin, session.result()
+        self.lobby.pace.note_round(trio.current_time(), session.reports())
         tally.met = True
         tally.bytes_sent += result.bytes_sent
         tally.bytes_received += result.bytes_received

@@ -40,6 +40,7 @@ from .links import Landing, Link
 from .lobby import Lobby, LobbyServices
 from .memory import OutRegion, Region
 from .news import NewsDesk
+from .pace import describe
 from .peers import Peers
 from .run import HISTORY_ROUNDS, Run, TrainerSeat
 from .sessions import Sessions
@@ -171,6 +172,7 @@ class Runs:
             "bytes": run.terms.layout.payload_bytes,
             "tensors": len(run.terms.layout.specs),
             "state": lobby.reason,
+            "pace": describe(lobby.pace, lobby.company),
             "other_terms": {show_peer(peer): why for peer, why in lobby.differences.items()},
         }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import trio
 
+from mpd.deadlines import PROGRESS, SenderReport
 from mpd.errors import PeerError, RoundFailed
 from mpd.exchange import CloseLink, Ended, Exchange, Finished, Gone, RoundPlan, Send, SendPiece, SendResult
 from mpd.ids import Endpoint, PeerId, RoundId, peer_id
@@ -28,7 +29,7 @@ _TICK_S = 0.1  # the machine's timers are looked at this often at least
 _KNOWN_ENDED = 256  # rounds whose late records are recognised and dropped
 _MAX_HELD = 64  # messages kept per link for rounds whose BEGIN has not arrived; the newest count
 _MAX_HELD_BYTES = 65536  # no message that can come before BEGIN is longer
-_PROGRESS_S = (1.0, 60.0)  # what a leader may choose: other rounds share the links that it judges
+_BEGIN_S = 2.0  # how long a record of an unknown round waits for its BEGIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class RoundSession:
         self.bytes_received = 0
         self.exchange = Exchange(plan, vault, now)
         self.landings: dict[int, Arrival] = {}  # results being received straight into their slots
+        self._progress_s = plan.progress_s
         self._began = now
         self._seconds = 0.0
         self._bytes_sent_by_end = 0
@@ -102,6 +104,22 @@ class RoundSession:
             bytes_sent=self._bytes_sent_by_end,
             bytes_received=self.bytes_received,
         )
+
+    def reports(self) -> dict[PeerId, SenderReport]:
+        """Return how every member has delivered its pieces, in a round that has ended."""
+        tempo = self.exchange.tempo
+        owed_bytes = sum(chunk.n_bytes for chunk in self.vault.chunks if chunk.owner == self.me)
+        return {
+            self.members[place]: SenderReport(
+                n_done=delivery.n_done,
+                n_owed=tempo.n_owed,
+                owed_bytes=owed_bytes,
+                seconds=self._seconds if delivery.seconds is None else delivery.seconds,
+                pause_s=delivery.pause_s,
+                n_members=len(self.members),
+            )
+            for place, delivery in tempo.deliveries().items()
+        }
 
     def cancel(self, reason: str) -> None:
         """Give the round up: as a failure if it has not ended, else only the lingering for others."""
@@ -198,7 +216,7 @@ class RoundSession:
             return
         self._links[place] = link
         link.busy += 1
-        link.patience_s = _progress_s(self.begin)
+        link.patience_s = self._progress_s
         link.repairs_left = MAX_REPAIRS
         for item in self._waiting.pop(place, []):
             self._to(place, item)
@@ -283,13 +301,21 @@ class Sessions:
         self._began = trio.Event()
         self._told: tuple[Link, RoundId] | None = None  # who heard last that we take no part in a round
 
-    def begin(self, begin: Begin, me: int, vault: RegionVault, deadline: float = math.inf) -> RoundSession:
+    def begin(
+        self,
+        begin: Begin,
+        me: int,
+        vault: RegionVault,
+        deadline: float = math.inf,
+        progress_s: float | None = None,
+    ) -> RoundSession:
         """Make a session; whoever waits for this round goes on. The caller runs it and calls `end` afterwards.
 
-        The round ends at `deadline` (of this member's step) or when BEGIN says so, whichever comes first.
+        The round ends at `deadline` (of this member's step) or when BEGIN says so, whichever comes first. `progress_s`
+        is the progress limit as this member accepts it; by default BEGIN's, within the bounds.
         """
         deadline = min(deadline, trio.current_time() + begin.timeout_s)
-        plan = _plan(begin, me, vault, deadline)
+        plan = _plan(begin, me, vault, deadline, progress_s)
         session = RoundSession(begin, plan, vault, self._peers)
         session.feed(session.exchange.start)  # before anything can arrive for it
         self._sessions[session.round_id] = session
@@ -385,7 +411,7 @@ class Sessions:
     async def _wait_for(self, link: Link, round_id: RoundId) -> RoundSession | None:
         if round_id not in self._ended:
             link.send(UnknownRound(round_id))
-        with trio.move_on_after(link.patience_s):
+        with trio.move_on_after(max(link.patience_s, _BEGIN_S)):
             while round_id not in self._sessions and round_id not in self._ended:
                 await self._began.wait()
         return self._sessions.get(round_id)
@@ -395,7 +421,7 @@ class Sessions:
         self._began = trio.Event()
 
 
-def _plan(begin: Begin, me: int, vault: RegionVault, deadline: float) -> RoundPlan:
+def _plan(begin: Begin, me: int, vault: RegionVault, deadline: float, progress_s: float | None) -> RoundPlan:
     chunks = vault.chunks
     return RoundPlan(
         n_members=len(begin.members),
@@ -404,10 +430,5 @@ def _plan(begin: Begin, me: int, vault: RegionVault, deadline: float) -> RoundPl
         inbound=sum(1 << place for place, member in enumerate(begin.members) if member.inbound),
         senders=sum(1 << place for place, member in enumerate(begin.members) if member.weight > 0),
         deadline=deadline,
-        progress_s=_progress_s(begin),
+        progress_s=PROGRESS.clamp(begin.progress_s if progress_s is None else progress_s),
     )
-
-
-def _progress_s(begin: Begin) -> float:
-    shortest, longest = _PROGRESS_S
-    return min(max(begin.progress_s, shortest), longest)

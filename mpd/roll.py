@@ -295,6 +295,7 @@ def _waiting_for(roll: Roll) -> str:
 
 def next_change(now: float, roll: Roll, limits: MatchLimits) -> float:
     """Return the first time after `now` at which `decide` may answer differently about the same roll."""
+    due: tuple[float, ...]
     if roll.leader:
         due = roll.asked_s + limits.answer_s, _begins_by(roll, limits)
     else:

@@ -47,10 +47,14 @@ _run_numbers = itertools.count()
 
 
 class DaemonProcess:
-    """One `mpd join`: its socket, its state directory and its log survive the process, which can be started again."""
+    """One `mpd join`: its socket, its state directory and its log survive the process, which can be started again.
 
-    def __init__(self, home: Path, name: str, *options: str) -> None:
+    `enter` is a command that runs the one behind it somewhere else, in the same process (`netns.Host.enter`).
+    """
+
+    def __init__(self, home: Path, name: str, *options: str, enter: Sequence[str] = ()) -> None:
         self.name = name
+        self.enter = enter
         self.socket = home / f"{name}.sock"
         self.state_dir = home / name
         self.options = options
@@ -68,7 +72,16 @@ class DaemonProcess:
 
     def start(self) -> Self:
         """Start the process and return at once."""
-        command = [*MPD, "join", "--socket", str(self.socket), "--state-dir", str(self.state_dir), *self.options]
+        command = [
+            *self.enter,
+            *MPD,
+            "join",
+            "--socket",
+            str(self.socket),
+            "--state-dir",
+            str(self.state_dir),
+            *self.options,
+        ]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT)
         self._began = time.monotonic()
@@ -161,10 +174,10 @@ class Swarm:
     def __getitem__(self, index: int) -> DaemonProcess:
         return self.daemons[index]
 
-    def new(self, *options: str) -> DaemonProcess:
+    def new(self, *options: str, enter: Sequence[str] = ()) -> DaemonProcess:
         """Return a daemon that is not started yet."""
         listen = () if "--listen" in options else ("--listen", "127.0.0.1:0")
-        daemon = DaemonProcess(self.home, f"d{len(self.daemons)}", *listen, *options)
+        daemon = DaemonProcess(self.home, f"d{len(self.daemons)}", *listen, *options, enter=enter)
         self.daemons.append(daemon)
         return daemon
 

@@ -61,6 +61,7 @@ class FakeLink:
         self.up = True
         self.reason = ""
         self.busy = 0
+        self.awaited = 0
         self.patience_s = 2.0
         self.repairs_left = 3
         self.member = Member(peer, OPEN_SWARM, "member", None, 0.0, math.inf)

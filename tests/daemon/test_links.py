@@ -678,7 +678,21 @@ async def test_a_peer_that_falls_silent_while_it_is_needed_is_given_up(jumping_c
         wire.link.busy = 1
         began = trio.current_time()
         assert "nothing was heard from it for" in await expect_end(wire)
-        assert 3.0 <= trio.current_time() - began <= 2 * 3.0 + 2.0
+        assert 3.0 <= trio.current_time() - began <= 1.5 * 3.0
+
+
+@pytest.mark.parametrize("need", ["busy", "awaited"])
+@pytest.mark.parametrize("idle_s", [0.0, 1.0, 7.0])
+async def test_an_idle_link_is_watched_from_the_moment_on_at_which_it_is_needed(
+    idle_s: float, need: str, jumping_clock: trio.testing.MockClock
+) -> None:
+    async with one_end() as wire:
+        await trio.sleep(idle_s)
+        wire.link.patience_s = 0.5
+        setattr(wire.link, need, 1)
+        began = trio.current_time()
+        await expect_end(wire)
+        assert 0.5 <= trio.current_time() - began <= 0.5 * 1.5
 
 
 async def test_a_peer_that_is_needed_and_alive_is_kept_however_little_it_has_to_say(

@@ -16,6 +16,7 @@ from trio.testing import MockClock
 from mpd.config import RoundLimits
 from mpd.daemon.lobby import Lobby
 from mpd.daemon.runs import Switchboard
+from mpd.deadlines import MIN_SAMPLES, PROGRESS, WINDOW
 from mpd.errors import PeerError
 from mpd.grid import Cell, axis_of, line_of, on_grid
 from mpd.ids import PeerId, show_peer
@@ -306,6 +307,35 @@ async def test_a_peer_whose_trainer_paused_finds_its_line_again(
     verdicts = await all_ask(members)
     assert isinstance(verdicts[0], Begun)
     assert trio.current_time() - began < WINDOW_S
+
+
+async def test_a_window_is_learnt_and_a_peer_whose_trainer_pauses_costs_no_more_than_that(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    members = await settled(Swarm(nursery), 3)
+    *asking, pausing = members
+    waited_s = []
+    for n_known in range(MIN_SAMPLES + 1):
+        began = trio.current_time()
+        assert group((await all_ask(asking))[0]) == ids(asking)
+        waited_s.append(trio.current_time() - began)
+        for member in members if n_known else ():
+            assert not any(link.awaited for link in member.daemon.peers.links())
+        assert all(group(verdict) == ids(members) for verdict in await all_ask(members))
+    assert waited_s[0] == pytest.approx(WINDOW.first_s, abs=0.1)
+    assert waited_s[-1] == pytest.approx(WINDOW.floor_s, abs=0.1)
+    assert min(member.lobby.pace.window_s([pausing.own]) for member in asking) == WINDOW.floor_s
+
+
+async def test_links_are_watched_while_a_group_forms(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    first, *others = await settled(Swarm(nursery), 3)
+    nursery.start_soon(first.ask)
+    await sleep(0.3)
+    links = first.daemon.peers.links()
+    assert [(link.awaited, link.patience_s) for link in links] == [(1, PROGRESS.first_s)] * 2
+    await all_ask(others)
+    await sleep(0.3)
+    assert [link.awaited for link in links] == [0, 0]
 
 
 @pytest.mark.parametrize("rounds", [1, "exact"])

@@ -26,9 +26,10 @@ from mpd.daemon.memory import OutRegion, Region
 from mpd.daemon.run import Run, TrainerSeat
 from mpd.daemon.sessions import RoundResult
 from mpd.daemon.vault import RegionVault
+from mpd.deadlines import MIN_SAMPLES, PROGRESS, Pace, SenderReport
 from mpd.errors import LocalError
 from mpd.grid import Cell, ShapeRecord
-from mpd.ids import RoundId, show_peer
+from mpd.ids import PeerId, RoundId, show_peer
 from mpd.layout import MAX_WEIGHT
 from mpd.mass import Standing
 from mpd.matchmaking import Alone, Begun
@@ -380,6 +381,9 @@ class ScriptedSession:
         reason = "" if success else str(self.outcome)
         return RoundResult(success, reason, 0b11 if success else 0, 0b11 if success else 0, {}, 0.5, 100, 200)
 
+    def reports(self) -> dict[PeerId, SenderReport]:
+        return {peer(1): SenderReport(4, 4, 1 << 20, 0.5, 3.0, 2)}
+
     def cancel(self, reason: str) -> None:
         self.cancelled.append(reason)
         self.outcome = self.outcome if self.finished.is_set() else reason
@@ -395,7 +399,8 @@ class ScriptedSessions:
         self.made: list[ScriptedSession] = []
         self.refused: list[bytes] = []
 
-    def begin(self, begin: Begin, me: int, vault: RegionVault, deadline: float) -> ScriptedSession:
+    def begin(self, begin: Begin, me: int, vault: RegionVault, deadline: float, progress_s: float) -> ScriptedSession:
+        self.progress_s = progress_s
         self.made.append(ScriptedSession(begin, me, vault, self.outcomes.pop(0)))
         return self.made[-1]
 
@@ -419,6 +424,7 @@ class ScriptedLobby:
         self.cell = self.last_cell = (0,) * d
         self.groups = list(groups)
         self.standings: list[Standing] = []
+        self.pace = Pace()
         self.fell_back = 0
 
     async def serve(self) -> None:
@@ -537,6 +543,16 @@ async def test_if_no_round_succeeds_the_old_values_stay(
     assert stepped.contributors == ()
     assert (show_peer(peer(7)) in stepped.missing) == ("-" in groups)
     assert play.values() == {0.0}
+
+
+async def test_rounds_teach_the_run_how_long_silence_may_last(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    play = script(nursery, 1, "x" * (MIN_SAMPLES + 1), *[1.0] * (MIN_SAMPLES + 1), rounds=1)
+    for _ in range(MIN_SAMPLES):
+        await play.step()
+        assert play.sessions.progress_s == PROGRESS.first_s
+        play.seat.release(1)
+    await play.step()  # a pause of 3 s was usual: BEGIN still says 2 s
+    assert play.sessions.progress_s == PROGRESS.of_median * 3.0
 
 
 async def test_a_result_that_is_copied_into_the_out_region_ends_who_still_serves_from_it(

@@ -24,6 +24,7 @@ from mpd.codecs import codec_named
 from mpd.daemon.links import MAX_REPAIRS, Landing, Link
 from mpd.daemon.sessions import RoundResult, RoundSession, Sessions
 from mpd.daemon.vault import RegionVault
+from mpd.deadlines import PROGRESS
 from mpd.layout import ITEM_BYTES, Segment
 from mpd.messages import EXCHANGE, Begin, Commit, Done, Few, Member, Need, NewPlan, Scoped, UnknownRound, Want
 from mpd.reduce import AccumulatorPool, as_array, bf16_from_f32, members_of
@@ -855,7 +856,7 @@ async def test_a_leader_cannot_make_links_end_at_once_or_never(progress_s: float
         s.expect_success(0, 1, 2, contributors=0b111)
         for node in s.nodes:
             assert node.events.reasons == []
-            assert all(1 <= link.patience_s <= 60 for link in node.peers.links())
+            assert all(PROGRESS.floor_s <= link.patience_s <= PROGRESS.cap_s for link in node.peers.links())
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
