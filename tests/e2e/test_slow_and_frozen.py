@@ -1,0 +1,193 @@
+"""A machine on a very slow line, and one that stops in the middle of a round and comes back: the others go on.
+
+Strategy: peer i contributes 2^i times a factor that is another one in every round, so each element of a result tells
+whose values it is the mean of, and a value from an earlier round would be the mean of nobody. The slow line is a token
+bucket in a network namespace; the frozen machine is a stopped process, whose sockets the kernel keeps open.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pytest
+from e2e_swarm import (
+    Array,
+    DaemonProcess,
+    Swarm,
+    averagers,
+    contributors_of,
+    eventually,
+    moved_bytes,
+    new_run,
+    start_step,
+    step_all,
+    wait_for_company,
+)
+from netns import hosts_or_skip
+
+from mpd.client import Averager, Outcome
+
+SOAK = bool(os.environ.get("MPD_SOAK"))
+MIB = 1 << 20
+DEADLINE_S = 5.0
+N_SLOW_GROUP = 8 if SOAK else 4
+SLOW_ROUNDS = 12 if SOAK else 2
+FAST_MBIT, SLOW_MBIT = 100, 1
+N_FROZEN_GROUP = 4
+WARM_ROUNDS = 4
+FROZEN_MIB = 16
+FROZEN_S = 60.0 if SOAK else 2.0
+DETECT_S = 2.0
+
+
+class Values:
+    """The vectors of a group, filled anew for each round."""
+
+    def __init__(self, n: int, mib: int) -> None:
+        self.vectors = [np.zeros(mib * MIB // 4, np.float32) for _ in range(n)]
+        self._factor = 1.0
+
+    def refill(self) -> None:
+        """Have peer i contribute 2^i times the factor of this round; it is a power of 2, so that means stay exact."""
+        self._factor = 1.0 if self._factor > 2.0**40 else self._factor * 2.0**10
+        for i, vector in enumerate(self.vectors):
+            vector[:] = self._factor * 2.0**i
+
+    def sets(self, i: int) -> list[frozenset[int]]:
+        """Return whose mean the elements of vector i are."""
+        decoded: Array = self.vectors[i].astype(np.float64) / self._factor
+        return contributors_of(decoded, len(self.vectors))
+
+
+# -------------------------------------------------------------------------------------------------------- a slow line
+
+
+@pytest.fixture
+def daemons_on_lines() -> Iterator[Callable[[int], list[DaemonProcess]]]:
+    """Start daemons on machines of their own; the last one has the slow line."""
+    with contextlib.ExitStack() as stack:
+
+        def start(n: int) -> list[DaemonProcess]:
+            net = stack.enter_context(hosts_or_skip(n))
+            swarm = stack.enter_context(Swarm())
+            for host in net.hosts:
+                net.limit(host, SLOW_MBIT if host is net.hosts[-1] else FAST_MBIT)
+            first, *rest = net.hosts
+            swarm.new("--listen", f"{first.address}:4747", enter=first.enter).start().wait_ready()
+            for host in rest:
+                options = ("--listen", f"{host.address}:4747", "--bootstrap", swarm[0].listen)
+                swarm.new(*options, enter=host.enter).start()
+            for daemon in swarm.daemons[1:]:
+                daemon.wait_ready()
+            return swarm.daemons
+
+        yield start
+
+
+@pytest.mark.timeout(0 if SOAK else 60)
+def test_nobody_waits_for_the_peer_on_a_slow_line(
+    daemons_on_lines: Callable[[int], list[DaemonProcess]], score: Callable[..., None]
+) -> None:
+    daemons = daemons_on_lines(N_SLOW_GROUP)
+    slow, run, values = N_SLOW_GROUP - 1, new_run(), Values(N_SLOW_GROUP, 4)
+    seconds: list[float] = []
+    with averagers(daemons, run, values.vectors) as attached:
+        wait_for_company(daemons, run)
+        for _ in range(SLOW_ROUNDS):
+            values.refill()
+            outcomes = step_all(attached, timeout=DEADLINE_S)
+            seconds.append(max(outcome.seconds for outcome in outcomes[:slow]))
+            for i, outcome in enumerate(outcomes[:slow]):
+                assert outcome.averaged, outcome
+                assert values.vectors[i].tobytes() == values.vectors[0].tobytes()
+            assert all(sets >= set(range(slow)) for sets in values.sets(0))
+            assert frozenset(range(slow)) in values.sets(0)  # the slow one is not in every chunk
+    assert max(seconds) <= DEADLINE_S
+    score(
+        5,
+        f"{SLOW_MBIT} Mbit/s on 1 of {N_SLOW_GROUP}, others at {FAST_MBIT}: others finish within {DEADLINE_S:g} s",
+        first_seconds=seconds[0],
+        last_seconds=seconds[-1],
+        max_seconds=max(seconds),
+        rounds=SLOW_ROUNDS,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- a frozen machine
+
+
+def freeze_in_mid_round(
+    daemons: Sequence[DaemonProcess], attached: Sequence[Averager], victim: int
+) -> tuple[list["Outcome | None"], float, object]:
+    """Step, stop the victim's process once its round is under way; return the others' outcomes, how long they took."""
+    goal = moved_bytes(daemons[victim]) + FROZEN_MIB * MIB // 4
+    steps = [start_step(averager) for averager in attached]
+    eventually(lambda: steps[victim].is_done() or moved_bytes(daemons[victim]) >= goal, "the round is under way")
+    daemons[victim].send(signal.SIGSTOP)
+    stopped = time.monotonic()
+    outcomes = [step.join() if i != victim else None for i, step in enumerate(steps)]
+    return outcomes, time.monotonic() - stopped, steps[victim]
+
+
+@pytest.mark.timeout(0 if SOAK else 60)
+def test_a_frozen_peer_is_noticed_and_comes_back_without_its_old_values(
+    swarm: Swarm, score: Callable[..., None]
+) -> None:
+    daemons = swarm.grow(N_FROZEN_GROUP)
+    victim, run, values = N_FROZEN_GROUP - 1, new_run(), Values(N_FROZEN_GROUP, FROZEN_MIB)
+    others = range(victim)
+    with averagers(daemons, run, values.vectors) as attached:
+        wait_for_company(daemons, run)
+        for _ in range(WARM_ROUNDS):
+            values.refill()
+            warm_s = max(outcome.seconds for outcome in step_all(attached))
+        detected_s, step = 0.0, None
+        while not detected_s:  # a race that a round may win: then it proves nothing
+            values.refill()
+            outcomes, seconds, step = freeze_in_mid_round(daemons, attached, victim)
+            missing = any(daemons[victim].peer in outcome.missing for outcome in outcomes if outcome is not None)
+            detected_s = seconds if missing else 0.0
+            if not missing:
+                daemons[victim].send(signal.SIGCONT)
+                step.join()
+        frozen = time.monotonic()
+        assert all(outcome.averaged for outcome in outcomes if outcome is not None), outcomes
+        assert len({values.vectors[i].tobytes() for i in others}) == 1
+        values.sets(0)  # or some element would be the mean of nobody
+        without: list[float] = []
+        while time.monotonic() - frozen < FROZEN_S or not without:
+            values.refill()
+            around = step_all(attached[:victim])
+            assert all(outcome.averaged for outcome in around), around
+            assert set(values.sets(0)) == {frozenset(others)}
+            without.append(max(outcome.seconds for outcome in around))
+        daemons[victim].send(signal.SIGCONT)
+        thawed = time.monotonic()
+        outcome = step.join()
+        assert not outcome.averaged, outcome  # its round is long over, and it kept what it had
+        assert (values.vectors[victim] == values.vectors[victim][0]).all()
+
+        def is_back() -> bool:
+            values.refill()
+            outcomes = step_all(attached)
+            assert all(set(values.sets(i)) <= set(map(frozenset, all_sets())) for i in others)
+            return all(len(outcome.contributors) == N_FROZEN_GROUP for outcome in outcomes)
+
+        def all_sets() -> list[set[int]]:
+            return [set(others), {*others, victim}]
+
+        eventually(is_back, "the thawed peer is in the group again", swarm.log)
+        back_s = time.monotonic() - thawed
+    assert detected_s <= DETECT_S + warm_s
+    score(
+        6,
+        f"SIGSTOP for {FROZEN_S:g} s: the others' round ends within {DETECT_S:g} s and is back at once after SIGCONT",
+        seconds=detected_s,
+        fault_free_seconds=warm_s,
+        rounds_meanwhile=len(without),
+        slowest_meanwhile_seconds=max(without),
+        back_seconds=back_s,
+    )
