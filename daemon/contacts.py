@@ -4,7 +4,7 @@ A record in the rendezvous outlives the peer that published it. So whoever could
 absent until it speaks up or a new call to it goes through.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,13 +105,13 @@ class Contacts:
             self._calling.add(peer)
             self.nursery.start_soon(self._call, peer)
 
-    def watch(self, peers: Iterable[PeerId], patience_s: float) -> None:
-        """Expect a sign of life every `patience_s` from `peers`, and no longer from those named before."""
-        links = {link for link in map(self._link, peers) if link is not None}
+    def watch(self, patience: Mapping[PeerId, float]) -> None:
+        """Expect a sign of life every so many seconds from these peers, and no longer from those named before."""
+        links = {link for link in map(self._link, patience) if link is not None}
         for link in self._watched - links:
             link.awaited -= 1
         for link in links - self._watched:
-            link.patience_s = patience_s
+            link.patience_s = patience[link.peer]
             link.awaited += 1
         self._watched = links
 

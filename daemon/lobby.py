@@ -257,7 +257,7 @@ class Lobby:
         try:
             while machine.verdict is None:
                 self.reason = machine.reason
-                self._contacts.watch(post.company, self.pace.progress_s(post.company))
+                self._contacts.watch(self.pace.patience(post.company))
                 latest = trio.current_time() + _MAX_TIMER_S
                 with trio.move_on_at(min(machine.wakeup if machine.wakeup is not None else latest, latest)):
                     await self._changed.wait()
@@ -267,7 +267,7 @@ class Lobby:
             self._take_back(post)
             raise
         finally:
-            self._contacts.watch((), 0.0)
+            self._contacts.watch({})
         self.reason = machine.reason
         self.pace.note_arrivals(machine.lateness(trio.current_time()))
         if isinstance(machine.verdict, Alone):

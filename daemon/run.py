@@ -285,8 +285,9 @@ class Run:
         vault = RegionVault(plan, source, target, [member.weight for member in members], me)
         vault.use(codec_named(self.terms.codec), self._pool)
         others = [peer_id(member.peer) for member in members if member.peer != self.lobby.own]
-        progress_s = self.lobby.pace.accept_progress_s(begin.progress_s, others)
-        session = self._sessions.begin(begin, me, vault, deadline, progress_s)
+        pace = self.lobby.pace
+        progress_s = pace.accept_progress_s(begin.progress_s, others)
+        session = self._sessions.begin(begin, me, vault, deadline, progress_s, pace.patience(others))
         self._lingering.append((target, session))
         self._nursery.start_soon(self._carry, session)
         try:

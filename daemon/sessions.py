@@ -7,7 +7,7 @@ round, or asks the sender for its BEGIN, which may still be on its way from the 
 
 import collections
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class RoundSession:
         self.bytes_received = 0
         self.exchange = Exchange(plan, vault, now)
         self.landings: dict[int, Arrival] = {}  # results being received straight into their slots
+        self.patience: Mapping[PeerId, float] = {}  # links that may be silent for longer than the progress limit
         self._progress_s = plan.progress_s
         self._began = now
         self._seconds = 0.0
@@ -216,7 +217,7 @@ class RoundSession:
             return
         self._links[place] = link
         link.busy += 1
-        link.patience_s = self._progress_s
+        link.patience_s = max(self._progress_s, self.patience.get(link.peer, 0.0))
         link.repairs_left = MAX_REPAIRS
         for item in self._waiting.pop(place, []):
             self._to(place, item)
@@ -308,15 +309,18 @@ class Sessions:
         vault: RegionVault,
         deadline: float = math.inf,
         progress_s: float | None = None,
+        patience: Mapping[PeerId, float] | None = None,
     ) -> RoundSession:
         """Make a session; whoever waits for this round goes on. The caller runs it and calls `end` afterwards.
 
         The round ends at `deadline` (of this member's step) or when BEGIN says so, whichever comes first. `progress_s`
-        is the progress limit as this member accepts it; by default BEGIN's, within the bounds.
+        is the progress limit as this member accepts it; by default BEGIN's, within the bounds. `patience` may name
+        members whose links are given more time than that before they are ended.
         """
         deadline = min(deadline, trio.current_time() + begin.timeout_s)
         plan = _plan(begin, me, vault, deadline, progress_s)
         session = RoundSession(begin, plan, vault, self._peers)
+        session.patience = patience or {}
         session.feed(session.exchange.start)  # before anything can arrive for it
         self._sessions[session.round_id] = session
         for link, held in self._take_held(session.round_id):

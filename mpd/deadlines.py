@@ -11,7 +11,7 @@ What is in here (all pure: time comes in as an argument; seconds on any monotoni
 * `Gauge`: a bounded history of one quantity.
 * `Pace`: what one peer has learnt in one run. Feed it `note_round(now, rounds)` with a `SenderReport` per member after
   each round and `note_arrivals(lateness)` after each matchmaking; ask it for `progress_s(peers)`,
-  `accept_progress_s(proposed, peers)`, `window_s(peers)`, `upload(now, peer)` and `download(now)`.
+  `accept_progress_s(proposed, peers)`, `patience(peers)`, `window_s(peers)`, `upload(now, peer)` and `download(now)`.
 * `is_left_behind(...)`: whether a member that delivers, but slowly, is waited for no longer within the round.
 
 Progress limits are the idea of phi accrual and of TCP's retransmission timer (RFC 6298), with quantiles in the place
@@ -188,6 +188,10 @@ class Pace:
         """Return the progress limit for a group with these other members: that of the median member."""
         limits = sorted(self.progress.limit(pace.pauses) for pace in map(self._known, peers))
         return limits[len(limits) // 2] if limits else self.progress.first_s
+
+    def patience(self, peers: Iterable[PeerId]) -> dict[PeerId, float]:
+        """Return how long each of `peers` may give no sign of life at all before its link is ended."""
+        return {peer: self.progress.limit(self._known(peer).pauses) for peer in peers}
 
     def accept_progress_s(self, proposed_s: float, peers: Iterable[PeerId]) -> float:
         """Return the progress limit to use where a leader proposes `proposed_s`.

@@ -113,6 +113,15 @@ def test_a_minority_does_not_decide_how_long_everybody_waits(pauses: list[float]
     assert pace.progress_s(peer(i) for i in range(7)) <= 0.8 + 1e-9
 
 
+def test_each_link_is_given_its_own_patience() -> None:
+    pace = pace_of({0: 0.01, 1: 3.0})
+    assert pace.patience(peer(i) for i in range(3)) == {
+        peer(0): PROGRESS.floor_s,
+        peer(1): 12.0,
+        peer(2): PROGRESS.first_s,
+    }
+
+
 def test_silence_is_no_measurement() -> None:
     """Else those who wait for a dead member would learn to wait even longer the next time."""
     pace = Pace()

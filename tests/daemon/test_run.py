@@ -399,7 +399,9 @@ class ScriptedSessions:
         self.made: list[ScriptedSession] = []
         self.refused: list[bytes] = []
 
-    def begin(self, begin: Begin, me: int, vault: RegionVault, deadline: float, progress_s: float) -> ScriptedSession:
+    def begin(
+        self, begin: Begin, me: int, vault: RegionVault, deadline: float, progress_s: float, patience: object
+    ) -> ScriptedSession:
         self.progress_s = progress_s
         self.made.append(ScriptedSession(begin, me, vault, self.outcomes.pop(0)))
         return self.made[-1]
