@@ -221,8 +221,8 @@ class Here:
 class Join:
     """Take me into the group that you lead in this slot.
 
-    `standing` is what I bring (weight, mass, cell), `bandwidth` how fast I receive from a whole group in bytes per second
-    (0: nothing was measured; whether I can reduce is `inbound`), `time_left_s` how long my step may still take.
+    `standing` is what I bring (weight, mass, cell), `bandwidth` how fast I receive from a whole group, in bytes per
+    second (0: nothing was measured; whether I can reduce is `inbound`), `time_left_s` how long my step may still take.
     """
 
     run: str
