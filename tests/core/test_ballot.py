@@ -50,6 +50,16 @@ def test_a_version_that_its_own_writer_still_writes_is_waited_for_unless_it_is_s
     assert decide(ROUND, 5, reports, slow=0b01000).table == ((5, 0), (5, 1), (5, 0), (5, 1))
 
 
+def test_what_slow_members_hold_or_accepted_binds_only_if_no_quorum_can_be_had_without_them() -> None:
+    slow = report(held=(0, 1, 2, 3), accepted=2, c0=(2, 4))
+    plan = decide(ROUND, 5, {0: report(held=(1,)), 1: report(), 2: report(), 4: slow}, slow=0b10000)
+    assert plan.table == ((5, 0), (0, 3), (5, 1), (5, 2))
+    assert plan.alive == 0b10111
+    assert decide(ROUND, 5, {0: report(), 1: report(), 4: slow}, slow=0b10000).table == slow.table
+    two_prompt = {0: report(accepted=0, held=(0, 1, 2, 3)), 1: report(), 2: report(), 4: slow}
+    assert decide(ROUND, 5, two_prompt, slow=0b10000).table == FIRST  # it may have been published
+
+
 def test_slow_members_write_if_nobody_else_can() -> None:
     assert decide(ROUND, 5, {0: report(), 1: report(), 2: report()}, slow=0b00111).table[0] == (5, 0)
 

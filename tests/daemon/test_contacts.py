@@ -179,3 +179,25 @@ async def test_a_served_lobby_lends_its_nursery_and_takes_it_back(
             nursery_seen.append(lobby._contacts.nursery)
     assert nursery_seen[0] is not None
     assert lobby._contacts.nursery is None
+
+
+async def test_links_are_watched_while_somebody_waits_for_those_behind_them(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm, caller, one = setup(nursery)
+    other = swarm.daemon()
+    for daemon in (one, other):
+        caller.contacts.note(seen(daemon))
+        caller.contacts.call(daemon.own)
+    await pass_time(0.1)
+    links = [caller.daemon.peers.get(daemon.own) for daemon in (one, other)]
+    links[1].awaited = 1  # by another run
+    nobody = PeerId(b"n" * 20)
+    for patience, awaited in (
+        ({one.own: 0.5}, [1, 1]),
+        ({one.own: 0.5, other.own: 3.0, nobody: 1.0}, [1, 2]),
+        ({}, [0, 1]),
+    ):
+        caller.contacts.watch(patience)
+        assert [link.awaited for link in links] == awaited
+    assert [link.patience_s for link in links] == [0.5, 3.0]

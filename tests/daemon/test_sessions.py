@@ -7,6 +7,7 @@ succeeded hold the same bytes, and is anything left behind on links or in memory
 """
 
 import contextlib
+import functools
 import gc
 import socket
 import weakref
@@ -857,6 +858,31 @@ async def test_a_leader_cannot_make_links_end_at_once_or_never(progress_s: float
         for node in s.nodes:
             assert node.events.reasons == []
             assert all(PROGRESS.floor_s <= link.patience_s <= PROGRESS.cap_s for link in node.peers.links())
+
+
+async def test_a_link_may_have_more_patience_than_the_round() -> None:
+    async with swarm(3) as s:
+        begin, joined = s.begin(progress_s=2.0), Sessions.begin
+        patience = {s.nodes[1].own: 7.0, s.nodes[2].own: 0.5}
+        s.nodes[0].events.sessions.begin = functools.partial(joined, s.nodes[0].events.sessions, patience=patience)
+        await s.run(begin)
+        links = {link.peer: link.patience_s for link in s.nodes[0].peers.links()}
+        assert links == {s.nodes[1].own: 7.0, s.nodes[2].own: 2.0}
+
+
+async def test_a_round_reports_how_its_members_delivered() -> None:
+    async with swarm(3) as s:
+        begin = s.begin(weights=[1.0, 1.0, 0.0])
+        session = s.join(0, begin)
+        await s.run(begin)
+        chunks_of_0 = [chunk for chunk in s.plan_of(begin) if chunk.owner == 0]
+        reports = session.reports()
+        assert set(reports) == {s.nodes[1].own}  # the other one owes no pieces
+        report = reports[s.nodes[1].own]
+        assert (report.n_done, report.n_owed, report.n_members) == (len(chunks_of_0), len(chunks_of_0), 3)
+        assert report.owed_bytes == sum(chunk.n_bytes for chunk in chunks_of_0)
+        assert 0 < report.pause_s <= report.seconds <= session.result().seconds
+        assert report.upload > 0
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
