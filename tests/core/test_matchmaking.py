@@ -205,6 +205,34 @@ def test_two_machines_form_a_group_in_three_messages() -> None:
     assert sim.machines[0].reason == "full: 2 of 2 announced peers are ready"
 
 
+def test_a_learnt_window_closes_a_group_and_leaves_a_lone_peer_its_time() -> None:
+    machine = fresh()
+    sighted(machine, 0.0, IDLE)
+    machine.on_ready(0.5, join(ME), window_s=1.5)
+    machine.on_tick(2.5)
+    assert machine.state is SEEKING  # nobody else waits for it
+    machine.on_message(2.6, FOLLOWER, join(FOLLOWER))
+    assert isinstance(machine.verdict, Begun)
+    assert machine.verdict.begin.left_out == {IDLE: "had not asked when the window ended"}
+    alone = fresh()
+    sighted(alone, 0.0, IDLE)
+    alone.on_ready(0.5, join(ME), window_s=1.5)
+    alone.on_tick(5.5)
+    assert isinstance(alone.verdict, Alone)
+
+
+def test_lateness_counts_from_our_own_readiness() -> None:
+    machine = fresh()
+    sighted(machine, 0.0, IDLE, SMALLER)
+    machine.on_message(0.2, SMALLER, here(SMALLER))
+    machine.on_ready(0.5, join(ME))
+    machine.on_message(0.9, FOLLOWER, here(FOLLOWER))
+    assert machine.lateness(1.0) == {}
+    machine.on_message(1.5, SMALLER, begin(SMALLER, FOLLOWER, IDLE, ME))
+    assert machine.lateness(1.5) == {SMALLER: 0.0, FOLLOWER: pytest.approx(0.4), IDLE: 1.0}
+    assert in_state(ALONE).lateness(1.0) == {}
+
+
 def test_the_ticket_and_the_begin_carry_the_time_that_is_left() -> None:
     machine = in_state(LEADING)  # ready at 0.5, followed at 0.6, 60 s each
     machine.on_tick(5.5)
