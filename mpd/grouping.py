@@ -72,7 +72,7 @@ def compose_begin(
         epoch=leader.epoch,
         number=leader.number,
         members=tuple(
-            Member(peer, ticket.host, ticket.port, ticket.inbound, weight, heads, fraction)
+            Member(peer, ticket.host, ticket.port, ticket.inbound, weight, heads, fraction, ticket.stamp)
             for peer, ticket, weight, heads, fraction in zip(
                 peers, tickets, share.weights, share.heads, split, strict=True
             )

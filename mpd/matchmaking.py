@@ -277,11 +277,13 @@ class Matchmaker:
             self._register.meet(now, peer_id(named), in_person=False, revive=False).inviting = True
 
     def _on_begin(self, now: float, sender: PeerId, begin: Begin) -> None:
-        members = {member.peer for member in begin.members}
+        members = {member.peer: member for member in begin.members}
         if sender not in members:
             raise PeerError("a Begin came from a peer that is not in it")
         if self._ticket is None or self.leader is None or self.leader not in members:
             return  # of a group that we left before it began
+        if self._me in members and members[self._me].stamp != self._ticket.stamp:
+            return  # it answers an earlier Join of ours, with values and a weight that are not those of this step
         if self._me not in members:
             if sender == self.leader:
                 self._lose(now, sender, "began without us")

@@ -291,7 +291,11 @@ class Quit:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One place in a group: `weight` and `heads` are the shares that count in this round, `fraction` its shard."""
+    """One place in a group: `weight` and `heads` are the shares that count in this round, `fraction` its shard.
+
+    `stamp` is that of the `Join` from which all this comes. Whoever has asked anew since then, or has begun a new life,
+    knows by it that this round is none of its own.
+    """
 
     peer: bytes
     host: str
@@ -300,8 +304,10 @@ class Member:
     weight: float
     heads: float
     fraction: float
+    stamp: int
 
     def __post_init__(self) -> None:
+        _require(0 <= self.stamp < 1 << 62, "a stamp is not negative")
         _require(len(self.peer) == PEER_ID_BYTES, "a peer id has 20 bytes")
         _require_address(self.host, self.port, needed=self.inbound)
         _require(0 <= self.weight <= MAX_MASS, f"a weight lies between 0 and {MAX_MASS:g}")

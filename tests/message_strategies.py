@@ -151,7 +151,7 @@ def _groups(draw: st.DrawFn) -> tuple[Member, ...]:
     for i in range(n):
         peer, host, weight = bytes([i]) * 20, draw(HOSTS), draw(BOUNDED["weight"])
         inbound = i < reducers
-        members.append(Member(peer, host, 4747 * inbound, inbound, weight, 1.0, inbound / reducers))
+        members.append(Member(peer, host, 4747 * inbound, inbound, weight, 1.0, inbound / reducers, i))
     return tuple(members)
 
 

@@ -37,7 +37,7 @@ def join(who: PeerId, **changes: object) -> Join:
 
 
 def begin(*members: PeerId, **changes: object) -> Begin:
-    places = tuple(Member(who, "192.0.2.1", 4747, True, 1.0, 1.0, 1 / len(members)) for who in members)
+    places = tuple(Member(who, "192.0.2.1", 4747, True, 1.0, 1.0, 1 / len(members), STAMPS[who]) for who in members)
     plan = Begin(b"r" * 16, RUN, SLOT, DIGEST, 1, NUMBER, places, True, 65536, 10.0, 2.0, {})
     return replace(plan, **changes)  # type: ignore[arg-type]
 
@@ -482,6 +482,19 @@ def test_who_was_gone_counts_again_when_it_speaks_and_while_nobody_waits_when_it
     assert said(machine) == []
     machine.on_message(1.5, IDLE, here(IDLE))
     assert said(machine) == [(IDLE, here(ME))]
+
+
+def test_a_begin_that_answers_an_earlier_join_is_none_of_ours() -> None:
+    machine = fresh()
+    machine.on_message(0.1, LEADER, here(LEADER))
+    machine.on_ready(0.2, ticket(STAMPS[ME] + 1))  # asked before as STAMPS[ME], in another life or for another step
+    assert machine.state is JOINING
+    machine.on_message(0.3, LEADER, begin(LEADER, ME))
+    assert (machine.state, machine.verdict) == (JOINING, None)
+    answer = begin(LEADER, ME)
+    renewed = tuple(replace(m, stamp=m.stamp + (m.peer == ME)) for m in answer.members)
+    machine.on_message(0.4, LEADER, replace(answer, members=renewed))
+    assert machine.state is BEGUN
 
 
 def test_a_round_without_sense_leaves_everybody_alone_with_the_reason() -> None:

@@ -21,9 +21,9 @@ KINDS = pytest.mark.parametrize(("vocabulary", "kind"), BOTH, ids=[kind.__name__
 NOT_THAT = [[[]]]  # no field has this type
 NAN, INF = math.nan, math.inf
 
-ALICE = Member(b"a" * 20, "192.0.2.7", 4747, True, 2.0, 1.0, 0.75)
-BOB = Member(b"b" * 20, "peer.example", 4748, True, 0.0, 1.0, 0.25)
-CAROL = Member(b"c" * 20, "", 0, False, 1.0, 1.0, 0.0)
+ALICE = Member(b"a" * 20, "192.0.2.7", 4747, True, 2.0, 1.0, 0.75, 7)
+BOB = Member(b"b" * 20, "peer.example", 4748, True, 0.0, 1.0, 0.25, 7)
+CAROL = Member(b"c" * 20, "", 0, False, 1.0, 1.0, 0.0, 7)
 JOIN = Join("run", b"s" * 20, b"d" * 32, 1, 0, 5, enter(1.0, (0,)), "192.0.2.7", 4747, True, 0.0, 60.0)
 BEGIN = Begin(
     b"r" * 16, "run", b"s" * 20, b"d" * 32, 1, 0, (ALICE, BOB, CAROL), True, 1 << 20, 60.0, 2.0, {b"x" * 20: "busy"}

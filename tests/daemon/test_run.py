@@ -446,7 +446,7 @@ class ScriptedLobby:
         if self.groups.pop(0) == "-":
             return Alone("nobody came", {peer(7): "asleep"})
         mass = self.standings[-1].mass
-        members = tuple(Member(peer(i), "192.0.2.1", 1, True, mass or 1.0, 1.0, 0.5) for i in range(2))
+        members = tuple(Member(peer(i), "192.0.2.1", 1, True, mass or 1.0, 1.0, 0.5, 1) for i in range(2))
         round_id = bytes([number + 1]) * 16
         begin = Begin(round_id, "run", b"s" * 20, b"d" * 32, 1, number, members, True, 4096, 30.0, 2.0, {})
         return Begun(begin, leader=True)

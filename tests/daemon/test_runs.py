@@ -338,7 +338,7 @@ async def linked(nursery: trio.Nursery, *, n: int = 2) -> tuple[FakeDaemon, Fake
 
 
 JOIN = Join("nobody's", b"s" * 20, b"d" * 32, 1, 0, 0, enter(1, (0,)), "192.0.2.1", 1, True, 0.0, 10.0)
-MEMBERS = tuple(Member(peer(i), "192.0.2.1", 1, True, 1.0, 1.0, 0.5) for i in range(2))
+MEMBERS = tuple(Member(peer(i), "192.0.2.1", 1, True, 1.0, 1.0, 0.5, 1) for i in range(2))
 BEGIN = Begin(b"r" * 16, "nobody's", b"s" * 20, b"d" * 32, 1, 0, MEMBERS, True, 4096, 30.0, 2.0, {})
 
 

@@ -153,6 +153,7 @@ class Swarm:
                 weight=weights[i] if weights else 1.0,
                 heads=1.0,
                 fraction=fractions[i] if fractions else inbound[i] / n_inbound,
+                stamp=i,
             )
             for i, node in enumerate(self.nodes)
         )
@@ -511,7 +512,7 @@ async def test_a_member_that_cannot_be_reached_is_named_and_left_out() -> None:
     async with swarm(4) as s:
         begin = s.begin()
         s.nodes[3].events.sessions.refuse(ROUND)
-        dead = Member(s.nodes[3].own, "127.0.0.1", 1, True, 1.0, 1.0, begin.members[3].fraction)
+        dead = Member(s.nodes[3].own, "127.0.0.1", 1, True, 1.0, 1.0, begin.members[3].fraction, 1)
         begin = Begin(**{f: getattr(begin, f) for f in Begin.__slots__} | {"members": (*begin.members[:3], dead)})
         await s.run(begin, [0, 1, 2])
         s.expect_success(0, 1, 2, contributors=0b0111)

@@ -62,7 +62,7 @@ def begin_seeds() -> list[bytes]:
 
 
 def _begin(n: int) -> Begin:
-    members = tuple(Member(bytes([i]) * 20, "peer.example", 4747, True, 1.0 + i, 1.0, 1 / n) for i in range(n))
+    members = tuple(Member(bytes([i]) * 20, "peer.example", 4747, True, 1.0 + i, 1.0, 1 / n, i) for i in range(n))
     return Begin(ROUND_ID, "run", SLOT, TERMS.digest, 1, 0, members, True, 4096, 60.0, 2.0, {bytes(20): "late"})
 
 
@@ -237,7 +237,7 @@ def matchmaking_seeds() -> Iterator[bytes]:
 
 
 def _begin_of(places: tuple[int, ...]) -> Begin:
-    members = tuple(Member(_peer(p), "peer.example", 4747, True, 1.0, 1.0, 1 / len(places)) for p in places)
+    members = tuple(Member(_peer(p), "peer.example", 4747, True, 1.0, 1.0, 1 / len(places), 1) for p in places)
     return Begin(ROUND_ID, "run", SLOT, TERMS.digest, 1, 0, members, True, 4096, 60.0, 2.0, {})
 
 
