@@ -254,7 +254,9 @@ class Run:
             entering = standing
 
             def bring(cell: Cell, entering: Standing | None = entering) -> Standing:
-                return enter(weight, cell) if entering is None else replace(entering, cell=cell)
+                # If our line has gone on to the next cycle, we begin that with everybody else: afresh.
+                begins_cycle = self.lobby.number % max(1, len(self.lobby.shape)) == 0
+                return enter(weight, cell) if entering is None or begins_cycle else replace(entering, cell=cell)
 
             verdict = await self.lobby.form(bring, deadline)
             n_rounds = max(1, len(self.lobby.shape)) if is_exact else 1
@@ -264,21 +266,19 @@ class Run:
                 tally.failures.append(where + verdict.reason)
                 tally.missing.update((show_peer(peer), why) for peer, why in verdict.missing.items())
             else:
-                source = tally.vector if tally.vector is not None else vector
-                session = await self._exchange(verdict.begin, source, n_left, deadline)
-                standing = self._account(tally, session, standing or bring(self.lobby.last_cell), where)
+                best = tally.vector if tally.vector is not None else vector
+                begins_cycle = verdict.begin.number % n_rounds == 0
+                target = await self._target(verdict.begin, best, n_left)
+                session = await self._exchange(verdict.begin, vector if begins_cycle else best, target, deadline)
+                if standing is None or begins_cycle:
+                    standing = enter(weight, self.lobby.last_cell)
+                standing = self._account(tally, session, standing, where)
             if not n_left or turn == n_rounds:
                 break
 
-    async def _exchange(self, begin: Begin, source: memoryview, rounds_left: int, deadline: float) -> RoundSession:
-        """Run one round from `source`; return its session, finished."""
+    async def _exchange(self, begin: Begin, source: memoryview, target: memoryview, deadline: float) -> RoundSession:
+        """Run one round from `source` to `target`; return its session, finished."""
         assert self._nursery is not None
-        try:
-            target = await self._target(source, rounds_left)
-        except BaseException:
-            self._sessions.refuse(RoundId(begin.round_id))
-            self.lobby.fall_back()
-            raise
         members = begin.members
         plan = chunks(self.terms.layout.segments, [member.fraction for member in members], begin.chunk_bytes)
         me = [member.peer for member in members].index(self.lobby.own)
@@ -305,15 +305,18 @@ class Run:
             self._sessions.end(session)
             self._lingering = [(view, other) for view, other in self._lingering if other is not session]
 
-    async def _target(self, source: memoryview, rounds_left: int) -> memoryview:
-        """Return where the next result goes: not over its source, and so that the last lands in the out region."""
-        out = self.out.view
-        if source is out or (rounds_left % 2 == 1 and source is not self._spare):
-            if self._spare is None:
-                self._spare = await private(self.terms.layout.n_bytes)
+    async def _target(self, begin: Begin, best: memoryview, rounds_left: int) -> memoryview:
+        """Return where the result of a round goes: not over the best one so far, and the last into the out region."""
+        target = self.out.view
+        if best is target or (rounds_left % 2 == 1 and best is not self._spare):
+            try:
+                if self._spare is None:
+                    self._spare = await private(self.terms.layout.n_bytes)
+            except BaseException:
+                self._sessions.refuse(RoundId(begin.round_id))
+                self.lobby.fall_back()
+                raise
             target = self._spare
-        else:
-            target = out
         self._reclaim(target)
         return target
 

@@ -31,7 +31,7 @@ from mpd.errors import LocalError
 from mpd.grid import Cell, ShapeRecord
 from mpd.ids import PeerId, RoundId, show_peer
 from mpd.layout import MAX_WEIGHT
-from mpd.mass import Standing
+from mpd.mass import Standing, enter
 from mpd.matchmaking import Alone, Begun
 from mpd.messages import Begin, Member
 
@@ -440,6 +440,9 @@ class ScriptedLobby:
 
     async def form(self, standing: Callable[[Cell], Standing], deadline: float) -> Begun | Alone:
         await trio.lowlevel.checkpoint()
+        if self.groups[0] == ">":  # our line has gone on to the next cycle
+            self.number += 1
+            self.start_cycle()
         self.standings.append(standing(self.cell))
         number = self.number
         self.number += len(self.shape) > 1
@@ -523,6 +526,20 @@ async def test_a_failed_round_of_a_cycle_leaves_the_last_good_result(
         assert play.lobby.fell_back == 1
     if outcomes[-1] == "it broke" or groups[-1] == "-":
         assert not stepped.exact
+
+
+@pytest.mark.parametrize(("outcome", "result"), [(2.0, 2.0), ("it broke", 1.0)])
+async def test_a_step_that_meets_the_next_cycle_begins_it_afresh(
+    outcome: float | str, result: float, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    play = script(nursery, 2, "x>", 1.0, outcome)
+    stepped = await play.step(weight=3.0)
+    second = play.sessions.made[1]
+    assert second.begin.number == 2
+    assert set(np.frombuffer(second.source, np.float32).tolist()) == {100.0}  # not the half-averaged 1.0
+    assert play.lobby.standings[1] == enter(3.0, play.lobby.cell)
+    assert not stepped.exact
+    assert play.values() == {result}
 
 
 @pytest.mark.parametrize(
