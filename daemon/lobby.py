@@ -41,6 +41,7 @@ _IDLE_POLL_S = 10.0  # once the run has its shape
 _FRESH_S = 10.0  # how long a new attachment polls fast
 _MAX_TIMER_S = 0.25
 _MAX_LEFT_S = MAX_ROUND_S - 1  # of a ticket: added to a clock and taken away again, an hour may become a little more
+_OVERTIME_S = 0.5  # that a step may take to find out where its line is
 _FAREWELL_S = 0.3  # how long taking announcements back may take
 
 
@@ -271,7 +272,7 @@ class Lobby:
         self.reason = machine.reason
         self.pace.note_arrivals(machine.lateness(trio.current_time()))
         if isinstance(machine.verdict, Alone):
-            await self._stay()
+            await self._stay(deadline)
         return machine.verdict, post
 
     def _take_back(self, post: _Post) -> None:
@@ -342,13 +343,15 @@ class Lobby:
             cell = next_cell(self.cell, begin.number, place, self.record.n_peers, self.record.shape)
             self._go_to(begin.number + 1, cell)
 
-    async def _stay(self) -> None:
+    async def _stay(self, deadline: float) -> None:
         """There was no group. A cycle goes on all the same; and if our line is somewhere else, we join it there."""
         assert self.record is not None
         number, d = self.number, len(self.shape)
         is_cycle = self.terms.rounds == "exact" and d > 1
         self._go_to(number + 1 if is_cycle else number, self.cell)
-        found = await self._roster.find_number(self.record, self.cell, near=number)
+        found = None
+        with trio.move_on_at(deadline + _OVERTIME_S):  # a lookup may wait for nodes that are gone
+            found = await self._roster.find_number(self.record, self.cell, near=number)
         # Who is less than a cycle behind is on its way to us.
         if found is not None and (found > number or found < number - d):
             self._go_to(found, self.cell)

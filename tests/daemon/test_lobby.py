@@ -934,3 +934,17 @@ async def test_messages_of_other_kinds_are_no_business_of_a_lobby(
     slot = one.lobby._post.slot if one.lobby._post else b""
     with pytest.raises(PeerError):
         one.lobby.on_message(link, Here("another run", slot, 0, False, 0))
+
+
+async def test_a_step_does_not_wait_for_slow_lookups_when_its_time_is_up(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    look_up_s = [0.01]
+    swarm = Swarm(nursery, look_up_s=lambda: look_up_s[0])
+    members = await settled(swarm, 6, terms(group_size=2, rounds="exact"))
+    assert len(members[0].lobby.shape) == 2
+    look_up_s[0] = 3.0  # nodes are gone, and each phase is looked up after the other
+    began = trio.current_time()
+    verdict = await members[0].ask(timeout_s=4.0)
+    assert isinstance(verdict, Alone)
+    assert trio.current_time() - began <= 4.0 + 0.5
