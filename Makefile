@@ -33,7 +33,7 @@ help:
 	@echo 'make docs     build the documentation into build/docs'
 	@echo 'make bench    measure rounds against other systems'
 	@echo 'make fuzz     try FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) inputs per property, search FUZZ_SECONDS=$(FUZZ_SECONDS) per parser'
-	@echo 'make soak     simulate SIM_SEEDS=$(SIM_SEEDS) seeded swarms with faults, then every attack in full'
+	@echo 'make soak     simulate SIM_SEEDS=$(SIM_SEEDS) rounds and as many swarms with seeded faults, then every attack in full'
 	@echo 'make clean    remove build/, .venv and caches'
 
 # ----------------------------------------------------------------------------------------------- the virtual environment
@@ -101,7 +101,7 @@ fuzz: .venv/installed
 	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 soak: .venv/installed
-	@echo 'Simulating $(SIM_SEEDS) swarms.'
+	@echo 'Simulating $(SIM_SEEDS) rounds and as many swarms; this takes about half an hour.'
 	@MPD_SIM_SEEDS=$(SIM_SEEDS) $(BIN)/pytest --timeout=0 tests/sim
 	@echo 'Trying every attack of docs/security.md as often as its table says; this takes about an hour.'
 	@MPD_SOAK=1 $(BIN)/pytest --timeout=0 $(SOAKS)

@@ -5,6 +5,7 @@ node id, so 160 bits is not a choice of ours. People see 32 lower-case base32 ch
 """
 
 import base64
+import functools
 import hashlib
 import ipaddress
 import re
@@ -38,8 +39,9 @@ def peer_id(raw: bytes) -> PeerId:
     return PeerId(bytes(raw))
 
 
+@functools.lru_cache(maxsize=1024)
 def show_peer(peer: bytes) -> str:
-    """Return `peer` as people see it: 32 lower-case base32 characters."""
+    """Return `peer` as people see it: 32 lower-case base32 characters. Cached: every decision has its sentence."""
     return base64.b32encode(peer).decode("ascii").lower()
 
 

@@ -1,32 +1,21 @@
 """The exchange, directed: the interleavings that matter most, one by one, and input that no honest member sends.
 
 Members are real machines in a hand-driven network (`sim.exchange_net`), which checks agreement and exactness all along.
-`tests/sim/test_exchange_sim.py` lets an adversary drive instead.
+`tests/sim/test_interleavings.py` has those that take a whole story, `tests/sim/test_exchange_sim.py` lets an adversary
+drive instead.
 """
 
 import dataclasses
-from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sim.exchange_net import ALL, Bytes, Net, Violation, decode, make_plans
+from sim.exchange_net import ALL, Bytes, Net, decode, make_plans
+from sim.traces import back_to_the_first_version, machine, outcomes, three_plans
 
-import mpd.agreement
-from mpd.chunks import Chunks
 from mpd.errors import PeerError
 from mpd.exchange import CloseLink, Ended, Exchange, Finished, Gone, Send, SendPiece, SendResult
 from mpd.messages import Ask, Commit, Done, Few, Need, NewPlan, Prepare, Promise, Want
-
-
-def machine(n: int, me: int, owners: Iterable[int], **fixed: object) -> tuple[Exchange, Bytes]:
-    """A single started machine, whose actions so far are forgotten."""
-    plan = make_plans(n, tuple(owners), **fixed)[me]
-    vault = Bytes(plan)
-    exchange = Exchange(plan, vault, 0.0)
-    exchange.start(0.0)
-    exchange.take_actions()
-    return exchange, vault
 
 
 def messages(exchange: Exchange) -> list[tuple[int, object]]:
@@ -35,11 +24,6 @@ def messages(exchange: Exchange) -> list[tuple[int, object]]:
 
 def pairs_but(net: Net, *excluded: tuple[int, int]) -> list[tuple[int, int]]:
     return [pair for pair in net.links if pair not in excluded]
-
-
-def outcomes(net: Net) -> list[list[int] | None]:
-    """The masks that each member published, None for those that failed; who has not ended is an error."""
-    return [None if result is None else [mask for mask, _ in result] for _, result in sorted(net.published.items())]
 
 
 # ------------------------------------------------------------------------------------------------------- without faults
@@ -156,55 +140,8 @@ def test_a_result_read_before_the_promise_is_forwarded() -> None:
 # ---------------------------------------------------------------------------------------------------------- three plans
 
 
-def three_plans() -> Net:
-    """1 redoes the chunk under plan 1 and holds it; 2 and 0 keep the owner's bytes under plan 2; 0 publishes and dies
-    without a word; 1 decides plan 4 before it has read plan 2. Only the highest DONE saves agreement.
-    """
-    net = Net(make_plans(3, [0]))
-    net.data(1, 0)
-    net.data(2, 0)  # 0 closes v0 = {0, 1, 2}
-    net.cut(1, 0)  # 1 judges 0 dead and prepares plan 1
-    net.control(1, 2, Prepare)
-    net.control(2, 1, Promise)  # 1 decides: the chunk is redone by 1
-    net.tick(2, 1.0)
-    net.tick(2)  # 2 has waited long enough: it asks 1 in vain, then coordinates itself
-    while Prepare not in net.on_the_way(2, 0):
-        net.tick(2)
-    net.control(1, 2, NewPlan, Ask)  # plan 1 comes too late, but its Ask is answered
-    net.data(2, 1)  # 1 closes v1 = {1, 2} and says DONE(1)
-    assert net.members[1].holds(0, 1)
-    net.data(0, 2)
-    net.control(0, 2, Done)
-    net.control(2, 0, Prepare)
-    net.control(0, 2, Promise)
-    while NewPlan not in net.on_the_way(2, 0):
-        net.tick(2)  # the grace time ends without the promise of 1: plan 2 keeps v0
-    net.go((2, 0))
-    assert net.members[0].ended is Ended.SUCCESS
-    net.crash(0)
-    while Prepare not in net.on_the_way(2, 1)[:1]:
-        net.deliver(2, 1, "control")
-    net.control(2, 1, Prepare)
-    while Prepare not in net.on_the_way(1, 2):
-        net.tick(1)
-    net.run()
-    return net
-
-
 def test_the_highest_done_in_a_quorum_decides() -> None:
     assert outcomes(three_plans()) == [[0b111]] * 3
-
-
-def test_without_that_rule_two_results_are_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = mpd.agreement.decide
-
-    def deaf(round_plan, epoch, reports, slow):  # type: ignore[no-untyped-def]
-        unheard = {member: dataclasses.replace(report, accepted=-1) for member, report in reports.items()}
-        return rule(round_plan, epoch, unheard, 0)  # nor does it look away from what slow members hold
-
-    monkeypatch.setattr(mpd.agreement, "decide", deaf)
-    with pytest.raises(Violation, match="I2"):
-        three_plans()
 
 
 # ---------------------------------------------------------------------------------------------------- promises and DONE
@@ -229,19 +166,6 @@ def test_done_is_held_back_between_promise_and_plan_and_said_at_once_with_it() -
 # ------------------------------------------------------------------------------------------------------------ open once
 
 
-def back_to_the_first_version() -> tuple[Exchange, Bytes]:
-    """The owner has closed version 0 and holds version 1 now; plan 2 goes back to version 0, which 1 and 2 hold."""
-    exchange, vault = machine(3, 0, [0, 2])
-    exchange.on_piece(0.0, 1, 0, 0, 4)
-    exchange.on_piece(0.0, 2, 0, 0, 16)
-    exchange.on_message(0.0, 1, NewPlan(1, 0b110, ((0, 1, 1),), ()))
-    exchange.on_result(0.0, 1, 0, 1, 0b110, 20)
-    assert vault.slots[0] == 20
-    exchange.take_actions()
-    exchange.on_message(0.0, 2, NewPlan(2, 0b111, (), ((0, 0b110),)))
-    return exchange, vault
-
-
 def test_a_closed_version_is_fetched_and_not_written_again() -> None:
     exchange, vault = back_to_the_first_version()
     assert [message for _, message in messages(exchange)] == [Want(2, ((0, 0),))]
@@ -249,19 +173,6 @@ def test_a_closed_version_is_fetched_and_not_written_again() -> None:
     exchange.on_result(0.0, 1, 0, 0, 0b111, 21)
     assert exchange.holds(0, 0)
     assert vault.slots[0] == 21
-
-
-def test_without_that_rule_it_would_be_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = Chunks._replan
-
-    def reopening(self, chunk, entry, *, may_open):  # type: ignore[no-untyped-def]
-        rule(self, chunk, entry, may_open=may_open)
-        if entry[1] == self._round.me and chunk not in self.collector:
-            self.collector.open(chunk)
-
-    monkeypatch.setattr(Chunks, "_replan", reopening)
-    exchange, _ = back_to_the_first_version()
-    assert exchange.wants_piece(1, 0, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- after success
