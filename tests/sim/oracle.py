@@ -72,6 +72,7 @@ class Book:
     has_death: bool = False  # a member died in the middle of it
     n_again: int = 0  # results that came to a member that had them
     n_repairs: int = 0  # pieces and results of redone versions, results from somebody else than their writer
+    n_early: int = 0  # redone results that overtook their plan: those are dropped, and travel twice
     n_lacked: int = 0  # chunks of the dead that some survivor lacked, at the time of death
 
     def inputs(self, place: int) -> npt.NDArray[np.float64]:
@@ -211,6 +212,7 @@ class Oracle:
             if live.session.round_id == header.round_id:
                 machine = live.session.exchange
                 if header.kind is Kind.CHUNK:
+                    book.n_early += header.version > machine._agreement.plan.epoch
                     book.n_again += machine.holds(header.chunk, header.version)
                     sender = live.session.place_of(link.peer)
                     written_by = book.closed.get((header.chunk, header.version))
@@ -309,5 +311,5 @@ class Oracle:
     def _judge_repair(self, book: Book) -> None:
         n = len(book.begin.members)
         self.check(not book.n_again, f"I8: {book.n_again} results came to members that had them")
-        bound = 2 * (n - 2) * book.n_lacked
+        bound = 2 * (n - 2) * book.n_lacked + book.n_early
         self.check(book.n_repairs <= bound, f"I8: {book.n_repairs} records of repair where {bound} are enough")
