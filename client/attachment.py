@@ -2,14 +2,13 @@
 
 Strategy: regions are mapped and their windows made once, when they arrive, so that a step only copies. Mappings are
 never closed by hand: adopted parameters and numpy views may outlive the attachment, and the last of them frees the
-memory.
+memory. So an attachment that has ended keeps no windows of its own: its memory may be needed for the next one.
 """
 
 import mmap
 import os
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mpd import control
@@ -26,18 +25,29 @@ Windows = list[Any]
 
 
 class Attachment:
-    """Attached with `request`. `sent` are the windows on the in region, `result` those on the out region.
+    """Attached with `request` over `connection`, which it closes in the end, or at once if it raises.
 
-    Raises LocalError if the daemon refuses, DaemonUnavailable if it is gone.
+    `sent` are the windows on the in region, `result` those on the out region. Raises LocalError if the daemon refuses,
+    DaemonUnavailable if it is gone or takes longer than `attach_s`.
     """
 
-    def __init__(self, path: Path, request: control.Attach, layout: Layout, tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        request: control.Attach,
+        layout: Layout,
+        tensors: Sequence[Tensor],
+        attach_s: float = ATTACH_S,
+    ) -> None:
         self._layout = layout
         self._tensors = tensors
+        self.sent: Windows = []
+        self.result: Windows = []
         self._snapshot: Windows | None = None
-        self._connection = Connection(path)
+        self._out_map: mmap.mmap | None = None
+        self._connection = connection
         try:
-            attached = self._connection.request(request, control.Attached, ATTACH_S)
+            attached = self._connection.request(request, control.Attached, attach_s)
             sizes = (attached.in_bytes, attached.out_bytes)
             if sizes != (layout.n_bytes, layout.n_bytes + control.OUT_HEADER_BYTES):
                 raise LocalError(
@@ -55,10 +65,13 @@ class Attachment:
         """True while the daemon is there."""
         return self._connection.is_open
 
-    def snapshot(self) -> Windows:
-        """Return the windows on the snapshot region, which is opened with the first call."""
+    def snapshot(self, patience_s: float = ATTACH_S) -> Windows:
+        """Return the windows on the snapshot region, which is opened with the first call.
+
+        Raises LocalError if the daemon refuses, DaemonUnavailable if it is gone or takes longer than `patience_s`.
+        """
         if self._snapshot is None:
-            self._connection.request(control.OpenSnapshot(), control.SnapshotOpened, ATTACH_S)
+            self._connection.request(control.OpenSnapshot(), control.SnapshotOpened, patience_s)
             self._snapshot = self._map_writable()
         return self._snapshot
 
@@ -85,10 +98,13 @@ class Attachment:
         return answer
 
     def close(self) -> None:
-        """Detach. Windows stay valid."""
+        """Detach. Windows that somebody holds stay valid."""
         self._connection.close()
+        self.sent, self.result, self._snapshot = [], [], None
+        self._out_map = None
 
     def _ensure_published(self, generation: int) -> None:
+        assert self._out_map is not None, "a result comes with its region"
         (found,) = _GENERATION.unpack_from(self._out_map, 0)
         if found != generation:
             raise LocalError(

@@ -3,7 +3,8 @@
 Strategy: one step at a time, and everything that can be wrong is found before anything is sent. The result touches the
 tensors only once it is complete; whatever fails before that leaves them alone. A connection that is in doubt (the
 daemon died, somebody pressed Ctrl-C while waiting) is dropped, and the next step attaches anew: there is no state worth
-saving on it.
+saving on it. A daemon that dies, hangs or is away is an outcome like any other round that did not average: machines
+come and go, and training goes on meanwhile.
 """
 
 import contextlib
@@ -11,56 +12,44 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from mpd import control
 from mpd.errors import DaemonUnavailable, LocalError, MpdError
-from mpd.layout import MAX_WEIGHT, Layout
+from mpd.layout import MAX_WEIGHT
 
-from .attachment import Attachment
+from .attachment import ATTACH_S
+from .lifeline import Lifeline
 from .outcome import Outcome, outcome_of
 from .tensors import Tensor
 from .writeback import Replace, Shift, WriteBack, run_to_end
 
 STEP_S = 60.0
-GRACE_S = 10.0  # the daemon ends a step by its timeout; if it is not heard of by then and a little, it hangs
+GRACE_S = 2.0  # the daemon ends a step by its timeout; if it is not heard of by then and a little, it hangs
+MIN_STEP_S = 0.05  # what is asked for if to attach again has taken all the time that the step had
+GRACE_BYTES_PER_S = 256 << 20  # what of that little goes into setting memory up and copying, at the worst
 
 
 class Averager:
     """Averages the same tensors again and again. Made by `Daemon.averager`; used by one thread and process."""
 
-    def __init__(
-        self,
-        path: Path,
-        request: control.Attach,
-        tensors: Sequence[Tensor],
-        weight: float,
-        adopt: bool,
-        check_finite: bool,
-    ) -> None:
-        self._path = path
-        self._request = request
+    def __init__(self, lifeline: Lifeline, tensors: Sequence[Tensor], weight: float, check_finite: bool) -> None:
+        self._lifeline = lifeline
         self._tensors = tensors
-        self._weight = _weight(weight)
-        self._adopt = adopt
+        self._weight = weight
         self._check_finite = check_finite
-        self._layout = Layout(request.tensors)
         self._pid = os.getpid()
         self._seq = 0
         self._pending: Pending | None = None
         self._closed = False
-        if adopt:
-            for tensor in tensors:
-                tensor.ensure_adoptable()
-        self._attachment = self._attach()
 
     def step(self, weight: float | None = None, timeout: float | None = None) -> Outcome:
         """Average now: if the outcome is true, the tensors hold the average; if not, they are untouched.
 
         weight: of our values in the average, up to 1e8; timeout: the longest time the step may take, in seconds (60).
-        Raises LocalError if the tensors cannot be averaged, DaemonUnavailable if the daemon is gone.
+        If the daemon dies, hangs, or is away, the outcome says so, and the next step attaches to it as soon as it is
+        back. Raises LocalError if the tensors cannot be averaged, or if another peer serves the socket now.
         """
         pending = self._begin(weight, timeout, train_on=False)
         try:
@@ -72,7 +61,8 @@ class Averager:
     def start(self, weight: float | None = None, timeout: float | None = None) -> "Pending":
         """Begin to average the tensors as they are now, and return at once. Training may go on meanwhile.
 
-        Arguments and errors are those of `step`.
+        Arguments and errors are those of `step`. "At once" is when the tensors have been copied; after a restart of the
+        daemon, when its memory has been set up as well.
         """
         return self._begin(weight, timeout, train_on=True)
 
@@ -91,44 +81,35 @@ class Averager:
 
     def _begin(self, weight: float | None, timeout: float | None, train_on: bool) -> "Pending":
         self._ensure_usable()
-        weight_now = self._weight if weight is None else _weight(weight)
+        weight_now = self._weight if weight is None else check_weight(weight)
         timeout_s = STEP_S if timeout is None else _seconds(timeout)
         for tensor in self._tensors:
             tensor.check()
-        if not self._attachment.is_open:
-            self._attachment.close()
-            self._attachment = self._attach()
-        if self._adopt:
-            self._ensure_adopted()
         if self._check_finite:
             self._ensure_finite()
+        lifeline, grace_s = self._lifeline, GRACE_S + self._lifeline.n_bytes / GRACE_BYTES_PER_S
+        deadline = time.monotonic() + timeout_s
         self._seq += 1
+        pending = Pending(self, self._seq, deadline + grace_s)
         try:
-            source, sent = self._hand_over(train_on)
-            self._pending = Pending(self, self._seq, timeout_s, sent if train_on else None)
-            self._attachment.send(control.Step(self._seq, weight_now, timeout_s, source))
+            lifeline.ensure(timeout_s, min(timeout_s + grace_s, ATTACH_S), waits=not train_on)
+            self._ensure_in_place()
+            self._hand_over(pending, weight_now, deadline, train_on)
         except DaemonUnavailable as error:
-            raise self._lost(error) from error
+            pending._lose(error)
+        return pending
+
+    def _hand_over(self, pending: "Pending", weight: float, deadline: float, train_on: bool) -> None:
+        """Give the daemon values and order. Whatever comes in between, neither is half given to the next step."""
+        try:
+            patience_s = max(deadline - time.monotonic(), 0.0) + GRACE_S
+            source, sent = self._lifeline.hand_over(train_on, patience_s)
+            self._pending = pending
+            left_s = max(deadline - time.monotonic(), MIN_STEP_S)
+            pending._ask(control.Step(pending.seq, weight, left_s, source), sent if train_on else None)
         except BaseException:
             self._drop()
             raise
-        return self._pending
-
-    def _hand_over(self, train_on: bool) -> tuple[str, Sequence[Any]]:
-        """Put the values where the daemon will read them; return the name of that region and its windows."""
-        if self._adopt and not train_on:
-            return "in", self._attachment.sent
-        source, windows = ("snapshot", self._attachment.snapshot()) if self._adopt else ("in", self._attachment.sent)
-        for tensor, window in zip(self._tensors, windows, strict=True):
-            tensor.store(window)
-        return source, windows
-
-    def _attach(self) -> Attachment:
-        attachment = Attachment(self._path, self._request, self._layout, self._tensors)
-        if self._adopt:
-            for tensor, window in zip(self._tensors, attachment.sent, strict=True):
-                tensor.adopt(window)
-        return attachment
 
     def _ensure_usable(self) -> None:
         self._ensure_own_process()
@@ -144,13 +125,13 @@ class Averager:
                 "call connect() after the fork"
             )
 
-    def _ensure_adopted(self) -> None:
-        for tensor, window in zip(self._tensors, self._attachment.sent, strict=True):
-            if not tensor.lives_in(window):
-                raise LocalError(
-                    f"tensor {tensor.spec.name!r} has left the shared memory that it was adopted into (its .data was "
-                    "replaced): open a new averager for it"
-                )
+    def _ensure_in_place(self) -> None:
+        tensor = self._lifeline.misplaced()
+        if tensor is not None:
+            raise LocalError(
+                f"tensor {tensor.spec.name!r} has left the shared memory that it was adopted into (its .data was "
+                "replaced): open a new averager for it"
+            )
 
     def _ensure_finite(self) -> None:
         for tensor in self._tensors:
@@ -161,25 +142,19 @@ class Averager:
 
     def _drop(self) -> None:
         self._pending = None
-        self._attachment.close()
-
-    def _lost(self, error: DaemonUnavailable) -> DaemonUnavailable:
-        self._drop()
-        return DaemonUnavailable(
-            f"during step {self._seq} {error}. Parameters are unchanged, others may have averaged; "
-            "the next step reconnects"
-        )
+        self._lifeline.attachment.close()
 
 
 class Pending:
     """A step under way. `wait` applies its result, once; until then nobody but the trainer touches the tensors."""
 
-    def __init__(self, averager: Averager, seq: int, timeout_s: float, snapshot: Sequence[Any] | None) -> None:
+    def __init__(self, averager: Averager, seq: int, deadline: float) -> None:
         self.seq = seq
         self._averager = averager
-        self._attachment = averager._attachment
-        self._snapshot = snapshot
-        self._deadline = time.monotonic() + timeout_s + GRACE_S
+        self._attachment = averager._lifeline.attachment
+        self._began = time.monotonic()
+        self._deadline = deadline
+        self._snapshot: Sequence[Any] | None = None
         self._stepped: control.Stepped | None = None
         self._write_back: WriteBack | None = None
         self._result: Outcome | MpdError | None = None
@@ -189,7 +164,7 @@ class Pending:
 
         What was trained since `start` survives: the tensors move by average minus snapshot.
         Raises TimeoutError if the step has not ended after `timeout` seconds (wait again, or cancel), LocalError if
-        the tensors have changed shape meanwhile, DaemonUnavailable if the daemon is gone.
+        the tensors have changed shape meanwhile.
         """
         self._averager._ensure_own_process()
         if not self._poll(math.inf if timeout is None else timeout):
@@ -229,6 +204,18 @@ class Pending:
     ) -> None:
         self.cancel()
 
+    def _ask(self, step: control.Step, snapshot: Sequence[Any] | None) -> None:
+        """Ask the daemon for the step. Its result is a change against `snapshot`, if there is one."""
+        self._attachment = self._averager._lifeline.attachment
+        self._snapshot = snapshot
+        self._attachment.send(step)
+
+    def _lose(self, error: DaemonUnavailable) -> None:
+        """End the step without a result: the daemon is gone, or as good as gone."""
+        self._averager._drop()
+        reason = f"kept the old values: in step {self.seq} {error}; others may have averaged"
+        self._result = Outcome(averaged=False, reason=reason, seconds=time.monotonic() - self._began)
+
     def _poll(self, timeout_s: float) -> bool:
         """Return True once the answer is in `_stepped`, or what came instead in `_result`."""
         if self._result is None and self._averager._pending is not self:
@@ -242,9 +229,9 @@ class Pending:
             if self._stepped is None:
                 if timeout_s < patience_s:
                     return False
-                raise DaemonUnavailable("the daemon has not answered: it hangs or is overloaded; see its log")
+                raise DaemonUnavailable("the daemon has not answered in time: it hangs or is overloaded; see its log")
         except DaemonUnavailable as error:
-            self._result = self._averager._lost(error)
+            self._lose(error)
         except LocalError as error:
             self._averager._drop()
             self._result = error
@@ -278,7 +265,7 @@ class Pending:
         return result
 
 
-def _weight(value: float) -> float:
+def check_weight(value: float) -> float:
     if not 0 < value <= MAX_WEIGHT:
         raise LocalError(f"weight is {value}: a positive number up to {MAX_WEIGHT:g} expected")
     return float(value)

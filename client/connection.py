@@ -29,19 +29,19 @@ Reply = TypeVar("Reply")
 class Connection:
     """A greeted connection to the daemon at `path`; `peer` and `daemon_version` are what it said of itself.
 
-    Raises DaemonUnavailable if nobody answers, LocalError if the daemon refuses.
+    Raises DaemonUnavailable if nobody answers within `greeting_s`, LocalError if the daemon refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, greeting_s: float = ANSWER_S) -> None:
         self._path = path
         self._buffer = bytearray()
         self._descriptors: list[int] = []
         self._pid = os.getpid()
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._connect()
+            self._connect(greeting_s)
             label = f"{os.path.basename(sys.argv[0]) or 'python'} (pid {self._pid})"
-            welcome = self.request(control.Hello(control.CONTROL_VERSION, label), control.Welcome)
+            welcome = self.request(control.Hello(control.CONTROL_VERSION, label), control.Welcome, greeting_s)
         except BaseException:
             self.close()
             raise
@@ -58,7 +58,7 @@ class Connection:
         if answer is None:
             self.close()
             raise DaemonUnavailable(
-                f"the daemon at {self._path} has not answered for {timeout_s:.0f} s: it hangs or is overloaded; "
+                f"the daemon at {self._path} has not answered for {timeout_s:.3g} s: it hangs or is overloaded; "
                 "see its log"
             )
         if isinstance(answer, control.Refused):
@@ -132,10 +132,10 @@ class Connection:
         while self._descriptors:
             os.close(self._descriptors.pop())
 
-    def _connect(self) -> None:
+    def _connect(self, patience_s: float) -> None:
         try:
             # With a timeout of its own Python would not wait for room in a crowded queue; the kernel does.
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(ANSWER_S))
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(patience_s))
             self._sock.connect(str(self._path))
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise DaemonUnavailable(f"no daemon answers at {self._path}: start one with `mpd join`") from error
@@ -162,4 +162,5 @@ class Connection:
 
 
 def _timeval(seconds: float) -> bytes:
-    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    whole, micros = divmod(max(1, int(seconds * 1e6)), 1_000_000)  # 0 would be for ever
+    return struct.pack("ll", whole, micros)

@@ -16,8 +16,9 @@ from typing import Any, Self
 from mpd import control
 from mpd.errors import DaemonUnavailable, LocalError
 
-from .averager import Averager
+from .averager import Averager, check_weight
 from .connection import Connection
+from .lifeline import Lifeline
 from .tensors import register
 
 LEAVE_S = 120.0  # a daemon that leaves finishes its round first
@@ -97,16 +98,18 @@ class Daemon:
                 counts for more than two members of median weight, with "trimmed" all members count alike.
             adopt: Move the parameters into the memory that is shared with the daemon (torch on the CPU), so that
                 nothing is copied on the way in. Other views of their old memory lose touch with them, and processes
-                forked later share them.
+                forked later share them. They are moved once: after the connection was lost, they stay where they are
+                and steps copy them.
             check_finite: Refuse to average NaN or infinity.
 
         Raises:
-            LocalError: The tensors or terms cannot be averaged.
+            LocalError: The tensors or terms cannot be averaged, or another peer serves the socket by now.
             DaemonUnavailable: The daemon is gone.
         """
-        registered = register(tensors)
+        checked_weight, registered = check_weight(weight), register(tensors)
         request = control.Attach(run, tuple(each.spec for each in registered), group_size, rounds, codec, aggregate)
-        averager = Averager(self.path, request, registered, weight, adopt, check_finite)
+        lifeline = Lifeline(self.path, self.peer, request, registered, adopt)
+        averager = Averager(lifeline, registered, checked_weight, check_finite)
         self._averagers.append(averager)
         return averager
 

@@ -128,10 +128,14 @@ class Trainers:
 
 
 class DaemonThread:
-    """`serve_clients` at `path`, in a thread of its own, until `stop` or the end of the block."""
+    """`serve_clients` at `path`, in a thread of its own, from `start` until `stop` or the end of the block.
 
-    def __init__(self, path: Path, trainers: Trainers) -> None:
+    Entering the block starts it, unless it is told otherwise.
+    """
+
+    def __init__(self, path: Path, trainers: Trainers, starts: bool = True) -> None:
         self.trainers = trainers
+        self._starts = starts
         self._path = path
         self._started = threading.Event()
         self._thread = threading.Thread(target=trio.run, args=(self._main,))
@@ -146,9 +150,14 @@ class DaemonThread:
             self.call(self._scope.cancel)
         self._thread.join()
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        """Return once the socket answers."""
         self._thread.start()
         assert self._started.wait(10)
+
+    def __enter__(self) -> Self:
+        if self._starts:
+            self.start()
         return self
 
     def __exit__(

@@ -10,6 +10,7 @@ from client.stub import DaemonThread, Seat, Trainers
 
 from mpd import control
 from mpd.client.attachment import Attachment
+from mpd.client.connection import Connection
 from mpd.client.tensors import register
 from mpd.daemon.memory import OutRegion, Region
 from mpd.errors import LocalError
@@ -19,7 +20,7 @@ from mpd.layout import Layout
 def attach(path: Path, *arrays: np.ndarray, run: str = "run") -> Attachment:
     tensors = register(arrays)
     layout = Layout(tuple(tensor.spec for tensor in tensors))
-    return Attachment(path, control.Attach(run, layout.specs, 16, 1, "raw", "mean"), layout, tensors)
+    return Attachment(Connection(path), control.Attach(run, layout.specs, 16, 1, "raw", "mean"), layout, tensors)
 
 
 def test_windows_lie_where_the_layout_says(path: Path, server: DaemonThread) -> None:
@@ -49,6 +50,15 @@ def test_windows_outlive_the_attachment(path: Path, server: DaemonThread) -> Non
     assert server.trainers.seats[0].closed.wait(10)
     window[:] = 7
     assert window.tolist() == [7, 7, 7]
+
+
+def test_an_attachment_that_has_ended_keeps_no_memory(path: Path, server: DaemonThread) -> None:
+    attachment = attach(path, np.ones(8192))
+    attachment.snapshot()
+    attachment.close()
+    assert server.trainers.seats[0].closed.wait(10)
+    server.stop()
+    assert _resident_memfds() == []
 
 
 def test_a_refusal_is_passed_on(path: Path, server: DaemonThread) -> None:

@@ -4,7 +4,6 @@ Strategy: three daemons stay for the whole module, a fourth one comes and goes a
 it. Daemons whose bootstrap matters are started by the test itself.
 """
 
-import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from e2e_swarm import (
 )
 
 from mpd.client import Outcome
-from mpd.errors import DaemonUnavailable, LocalError
+from mpd.errors import LocalError
 
 N_ELEMS = 1000
 BIG_ELEMS = 16 << 20  # 64 MiB: long enough under way to be caught there
@@ -99,8 +98,7 @@ def test_a_peer_that_comes_back_takes_part_again(stayers: list[DaemonProcess], f
     with averagers(everyone, run, vectors) as attached:
         assert all(step_all(attached))
         fourth.kill()
-        with pytest.raises(DaemonUnavailable, match="mpd join"):
-            attached[3].step()
+        assert "mpd join" in attached[3].step(timeout=0.1).reason
         assert all(step_all(attached[:3]))
         fourth.start().wait_ready()
         pending = start_step(attached[3])
@@ -214,8 +212,7 @@ def test_a_signal_ends_a_daemon_in_the_middle_of_a_step_within_a_second(
         assert fourth.wait() == 0
         assert time.monotonic() - began < SOON_S
         for step in steps:
-            with contextlib.suppress(DaemonUnavailable):
-                assert step.join().reason
+            assert step.join().reason
     for i, vector in enumerate(vectors):
         assert vector.min() == vector.max()
         assert vector[0] in (2.0**i, 1.5)
@@ -260,8 +257,7 @@ def test_a_signal_ends_a_daemon_that_waits_to_leave(stayers: list[DaemonProcess]
         assert fourth.wait() == 0
         assert time.monotonic() - began < SOON_S
         assert leaving.join().returncode == 0
-        with pytest.raises(DaemonUnavailable):
-            step.join()
+        assert "went away" in step.join().reason
 
 
 def test_a_second_signal_ends_the_daemon_at_once(stayers: list[DaemonProcess], fourth: DaemonProcess) -> None:
@@ -275,8 +271,7 @@ def test_a_second_signal_ends_the_daemon_at_once(stayers: list[DaemonProcess], f
         fourth.send(signal.SIGINT)
         fourth.wait()
         assert time.monotonic() - began < SOON_S
-        with pytest.raises(DaemonUnavailable):
-            step.join()
+        assert "went away" in step.join().reason
     assert "Traceback" not in fourth.log()
 
 

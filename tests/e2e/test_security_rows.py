@@ -39,7 +39,6 @@ from e2e_swarm import (
 from relay import Relay, pass_on
 
 from mpd.daemon.dht_node import DhtNode, start_node
-from mpd.errors import DaemonUnavailable
 from mpd.ids import Endpoint
 from mpd.wire import HEADER_BYTES
 
@@ -252,9 +251,8 @@ def test_a_killed_daemon_tears_no_vector(swarm: Swarm, four: list[DaemonProcess]
             steps = list(map(start_step, attached))
             time.sleep(chance.random() * took_s)
             pair[1].kill()
-            with contextlib.suppress(DaemonUnavailable):
-                steps[1].join()
-            steps[0].join()
+            for step in steps:
+                step.join()
             for i, vector in enumerate(vectors):
                 assert (vector == 2.0**i).all() or (vector == 1.5).all(), f"{np.unique(vector)}"
                 n_averaged += vector[0] == 1.5
