@@ -45,6 +45,7 @@ from .swarm import Swarm, load_swarm
 _GOODBYE_S = 0.3  # how long the goodbyes may take to get out
 _LEAVE_S = 60.0  # how long `mpd leave` waits for the round in progress
 _STATUS_LOG_S = 5.0
+_WRITE_AGAIN_S = 5.0  # how soon a disk that was full, or could not be written, is tried again
 
 Ready = Callable[[Endpoint, Endpoint, PeerId], None]
 
@@ -149,6 +150,7 @@ class _Daemon:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             self._background.start_soon(self._watch_signals, signals, runs.leaving)
             self._background.start_soon(self._log_changes)
+            self._background.start_soon(self._write_again)
             sock = trio.SocketListener(trio.socket.from_stdlib_socket(tcp))
             listeners = [] if self._config.net.outbound_only else [sock]
             async with trio.open_nursery() as links:
@@ -201,6 +203,12 @@ class _Daemon:
             trouble.say(status.problem)
             ours.say(self._problem())
             await trio.sleep(_STATUS_LOG_S)
+
+    async def _write_again(self) -> None:
+        while True:
+            await trio.sleep(_WRITE_AGAIN_S)
+            if self._state.problem:
+                await trio.to_thread.run_sync(self._state.retry)
 
     def _problem(self) -> str:
         """Return what the owner of this machine should know, in sentences."""

@@ -190,7 +190,10 @@ class KnownPeers:
     async def save(self, peers: list[KnownPeer]) -> None:
         """Write `peers` if they changed. None at all overwrite nothing: the ones in the file may come back."""
         kept = sorted(peers)[:MAX_KNOWN_PEERS]
-        if self._path is None or not kept or kept == self._saved:
+        if self._path is None or not kept:
+            return
+        if kept == self._saved:
+            self._report("")  # what could not be written a while ago need not be any more
             return
         try:
             await asyncio.to_thread(save_known_peers, self._path, kept)  # fsync may take its time

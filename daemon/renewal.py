@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import trio
@@ -62,6 +63,7 @@ class Renewal:
         self._renewer = renewer
         self._rng = rng
         self._failure = ""
+        self._owed: dict[str, Callable[[], None]] = {}  # what the disk has not taken yet
         self._troubles = Troubles(in_thread)
 
     @property
@@ -87,6 +89,7 @@ class Renewal:
                 pause_s, self._failure = CHECK_S, ""
             else:
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
+            await self._write()
             await trio.sleep(pause_s * self._rng.uniform(0.75, 1.25))
 
     def _is_due(self) -> bool:
@@ -107,9 +110,8 @@ class Renewal:
             try:
                 await self._adopt(await self._renewer.renew(self._swarm, helper.peer, helper.endpoint), str(helper))
                 if self._swarm.store is not None:
-                    await self._troubles.attempt(
-                        "helper", self._swarm.store.remember_admitter, helper.peer, helper.endpoint
-                    )
+                    self._owed["helper"] = partial(self._swarm.store.remember_admitter, helper.peer, helper.endpoint)
+                    await self._write()
             except MpdError as error:
                 self._failure = f"{helper} did not renew it: {error}"
                 _log.debug("renewal: %s", self._failure)
@@ -128,8 +130,15 @@ class Renewal:
         if not swarm.adopt(chain):
             raise PeerError("the new certificate would not last longer than the present one")
         if swarm.store is not None:
-            await self._troubles.attempt("certificate", swarm.store.save_chain, chain)
+            self._owed["certificate"] = partial(swarm.store.save_chain, chain)
+            await self._write()
             _log.info("the certificate of this machine was renewed by %s", source)
+
+    async def _write(self) -> None:
+        """Put on disk what we go by. A disk that is full now may have room in a minute; a restart needs the files."""
+        for what, work in list(self._owed.items()):
+            if await self._troubles.attempt(what, _done, work):
+                del self._owed[what]
 
 
 class Troubles:
@@ -153,6 +162,11 @@ class Troubles:
             return None
         self._sentences.pop(what, None)
         return done
+
+
+def _done(work: Callable[[], None]) -> bool:
+    work()
+    return True
 
 
 def _ends(left_s: float) -> str:

@@ -36,7 +36,23 @@ class StateDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.problem = ""  # what could not be written, for `mpd status`
+        self._owed: dict[str, str] = {}  # what could not be written, by name of its file
+        self._failure = ""
+
+    @property
+    def problem(self) -> str:
+        """What `mpd status` says while something could not be written; empty once it could."""
+        if not self._owed:
+            return ""
+        return (
+            f"the state directory {self.path} cannot be written: {self._failure}; what it holds is whole but out of "
+            "date, and is written as soon as that works again"
+        )
+
+    def retry(self) -> None:
+        """Try again to write what could not be written. Blocks for as long as the disk takes."""
+        for name, text in list(self._owed.items()):
+            self._remember(name, text)
 
     def load_key(self) -> Ed25519PrivateKey:
         """Return this machine's key, made at the first start. Raises Fatal if there is one that cannot be read."""
@@ -74,14 +90,19 @@ class StateDir:
 
     def remember_announced(self, endpoint: Endpoint) -> None:
         """Keep the address that others are told, for invites that are made while the daemon is down."""
-        if endpoint != self.last_announced():
-            self._remember(_ANNOUNCED, str(endpoint))
+        self._remember(_ANNOUNCED, str(endpoint))
 
     def _remember(self, name: str, text: str) -> None:
+        file = self.path / name
         try:
-            replace_file(self.path / name, text.encode("ascii"))
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                if file.read_text(encoding="ascii") == text:
+                    self._owed.pop(name, None)
+                    return
+            replace_file(file, text.encode("ascii"))
+            self._owed.pop(name, None)
         except OSError as error:
-            self.problem = f"the state directory {self.path} cannot be written: {error.strerror}"
+            self._owed[name], self._failure = text, str(error.strerror)
 
 
 @contextlib.contextmanager

@@ -265,3 +265,15 @@ def test_without_a_file_nothing_is_kept() -> None:
     known = KnownPeers(None, lambda problem: pytest.fail(problem))
     asyncio.run(known.save([("192.0.2.1", 1, YOU)]))
     assert known.load() == []
+
+
+def test_what_need_not_be_written_any_more_is_no_problem(tmp_path: Path) -> None:
+    path, problems = tmp_path / "folder" / "peers.json", list[str]()
+    known, one, two = KnownPeers(path, problems.append), ("192.0.2.1", 1, YOU), ("192.0.2.2", 2, ME)
+    path.parent.mkdir()
+    asyncio.run(known.save([one]))
+    path.parent.rename(tmp_path / "elsewhere")
+    asyncio.run(known.save([one, two]))
+    assert problems[-1].startswith("known peers not saved")
+    asyncio.run(known.save([one]))
+    assert problems[-1] == ""

@@ -183,6 +183,9 @@ async def test_on_a_full_disk_the_new_certificate_counts_and_people_hear_of_the_
     assert not swarm.leaf_is_due()
     assert "chain.pem cannot be written: No space left on device" in renewal.problem
     assert machine.load().not_after_s == START_S + 7 * DAY_S
+    await trio.sleep(2 * CHECK_S)
+    assert renewal.problem == ""
+    assert machine.load().not_after_s == swarm.not_after_s
 
 
 async def test_the_open_swarm_needs_nobody(

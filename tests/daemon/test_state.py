@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from swarm_helpers import fill_disk
 
 import mpd.daemon.state
 from mpd.daemon.state import StateDir, make_state_dir, open_state_dir, own_id, writing
@@ -158,8 +159,39 @@ def test_on_a_full_disk_the_old_port_stays(tmp_path: Path) -> None:
     state = StateDir(tmp_path)
     state.remember_port(4748)
     assert state.last_port() == 4747
-    assert state.problem == f"the state directory {tmp_path} cannot be written: No space left on device"
+    assert state.problem == (
+        f"the state directory {tmp_path} cannot be written: No space left on device; what it holds is whole but out of "
+        "date, and is written as soon as that works again"
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["port"]
+    state.retry()
+    assert state.last_port() == 4747
+    assert state.problem
+
+
+def test_what_could_not_be_written_is_written_once_there_is_room(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    announced = Endpoint("peer.example", 4747)
+    with pytest.MonkeyPatch.context() as patch:
+        fill_disk(patch)
+        state.remember_port(4748)
+        state.remember_announced(announced)
+    assert state.problem
+    state.retry()
+    assert (state.last_port(), state.last_announced(), state.problem) == (4748, announced, "")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["announced", "port"]
+
+
+def test_what_is_true_again_is_not_written_any_more(tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    state.remember_port(4747)
+    with pytest.MonkeyPatch.context() as patch:
+        fill_disk(patch)
+        state.remember_port(4748)
+        state.remember_port(4747)
+    assert state.problem == ""
+    state.retry()
+    assert state.last_port() == 4747
 
 
 # ----------------------------------------------------------------------------------------------------------- announced
