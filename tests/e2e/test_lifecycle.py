@@ -193,7 +193,7 @@ def test_a_signal_ends_an_idle_daemon_within_a_second(fourth: DaemonProcess, num
 
 @pytest.mark.parametrize(
     ("number", "busy"),
-    [(signal.SIGINT, "waiting"), (signal.SIGTERM, "exchanging"), (signal.SIGINT, "exchanging")],
+    [(signal.SIGINT, "waiting"), (signal.SIGINT, "exchanging")],
 )
 def test_a_signal_ends_a_daemon_in_the_middle_of_a_step_within_a_second(
     stayers: list[DaemonProcess], fourth: DaemonProcess, number: signal.Signals, busy: str
