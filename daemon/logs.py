@@ -15,6 +15,7 @@ def setup(verbose: bool) -> None:
     """Send the log to stderr; with `verbose`, everything."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.raiseExceptions = False  # a line that a full disk does not take is lost, and not worth a traceback
     logging.basicConfig(handlers=[handler], level=logging.DEBUG if verbose else logging.INFO)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 

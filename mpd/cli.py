@@ -7,6 +7,8 @@ and shell completion answer at once. Whatever goes wrong becomes one sentence on
 
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -212,11 +214,15 @@ def leave(socket_path: Path | None) -> None:
 def _greet(listen: Endpoint, announced: Endpoint, peer: PeerId) -> None:
     """Tell the person who started the daemon how the others find it."""
     if not announced.port:
-        click.echo(f"peer {show_peer(peer)} is up and accepts no connections; others join through another peer")
+        how = "is up and accepts no connections; others join through another peer"
     elif announced.is_loopback:
-        click.echo(f"peer {show_peer(peer)} is up; others on this machine join with: mpd join --bootstrap {announced}")
+        how = f"is up; others on this machine join with: mpd join --bootstrap {announced}"
     else:
-        click.echo(f"peer {show_peer(peer)} is up; others join with: mpd join --bootstrap {announced}")
+        how = f"is up; others join with: mpd join --bootstrap {announced}"
+    try:
+        click.echo(f"peer {show_peer(peer)} {how}")
+    except OSError:  # a full disk, a reader that has gone: no reason for a daemon to end, nor to fail when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

@@ -368,3 +368,16 @@ def test_a_daemon_that_fails_shows_a_traceback_only_if_asked(
         assert result.exit_code == 1
         assert "Traceback" in result.stderr
         assert result.stderr.splitlines()[-1].startswith(f"mpd: {words}")
+
+
+def test_a_daemon_whose_greeting_nobody_takes_goes_on() -> None:
+    """The disk is full to which its output goes, or its reader has gone."""
+    greet = (
+        "from mpd.cli import _greet\nfrom mpd.ids import Endpoint, PeerId\n"
+        "_greet(*2 * [Endpoint('192.0.2.1', 1)], PeerId(bytes(20)))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", greet], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -15,12 +15,14 @@ def logging_as_the_daemon_does(verbose: bool) -> Iterator[io.StringIO]:
     """Yield a stderr to which a process logs that has just called `setup`."""
     root, asyncio_log = logging.getLogger(), logging.getLogger("asyncio")
     handlers, level, asyncio_level = root.handlers, root.level, asyncio_log.level
+    raises = logging.raiseExceptions
     root.handlers = []
     try:
         with contextlib.redirect_stderr(io.StringIO()) as err:
             setup(verbose)
             yield err
     finally:
+        logging.raiseExceptions = raises
         root.handlers = handlers
         root.setLevel(level)
         asyncio_log.setLevel(asyncio_level)
@@ -59,6 +61,14 @@ def test_a_traceback_keeps_its_lines() -> None:
     assert lines[0].endswith("in full:")
     assert lines[1] == "Traceback (most recent call last):"
     assert lines[-1] == "ZeroDivisionError: by zero"
+
+
+def test_a_line_that_cannot_be_written_is_lost_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    with logging_as_the_daemon_does(verbose=False) as err:
+        with monkeypatch.context() as patch:
+            patch.setattr(err, "flush", lambda: (_ for _ in ()).throw(OSError("No space left on device")))
+            logging.getLogger("mpd").info("linked to %s", "aaaa")
+        assert "Traceback" not in err.getvalue()
 
 
 def test_only_news_is_said(caplog: pytest.LogCaptureFixture) -> None:
