@@ -45,7 +45,7 @@ from .swarm import Swarm, load_swarm
 _GOODBYE_S = 0.3  # how long the goodbyes may take to get out
 _LEAVE_S = 60.0  # how long `mpd leave` waits for the round in progress
 _STATUS_LOG_S = 5.0
-_WRITE_AGAIN_S = 5.0  # how soon a disk that was full, or could not be written, is tried again
+_WRITE_AGAIN_S = 2.0  # how soon a disk that was full, or could not be written, is tried again
 
 Ready = Callable[[Endpoint, Endpoint, PeerId], None]
 
