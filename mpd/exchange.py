@@ -54,7 +54,7 @@ __all__ = [
 # Waits, as multiples of the plan's progress_s.
 SENDER_SILENCE = 1.0  # then a sender that holds up a chunk of mine is dropped
 SUPPLIER_SILENCE = 2.5  # then a reducer is slow: it may itself have waited for a sender that it dropped
-PATROL = 0.25  # how often silence is looked for
+PATROL = 0.125  # how often silence is looked for
 
 
 class Exchange:
