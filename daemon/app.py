@@ -131,6 +131,7 @@ class _Daemon:
             limits=config.limits,
             rng=rng,
             wall_ms=_wall_ms,
+            dials=budgets.dials,
             refuse=sessions.refuse,
             warn=_log.warning,
         )

@@ -110,7 +110,7 @@ class RateBudget:
 
 
 class ByteGate:
-    """`limit` bytes for the tasks of one event loop, first come, first served: whoever finds none left waits.
+    """`limit` bytes (or other things) for the tasks of one event loop, first come, first served: who finds none waits.
 
     More than `limit` at once passes when nobody else has anything. `refused` counts those who had to wait.
     """
@@ -209,6 +209,7 @@ class Budgets:
     handshakes_per_address: KeyedBudget = field(default_factory=lambda: KeyedBudget(8))
     admissions: Budget = field(default_factory=lambda: Budget(8))  # requests to be let in, while they are decided
     dial_backs: Budget = field(default_factory=lambda: Budget(8))
+    dials: ByteGate = field(default_factory=lambda: ByteGate(32))  # of addresses that records name: anybody's word
     in_flight: ByteGate = field(default_factory=lambda: ByteGate(256 * MIB))
     # This machine. Questions have connections of their own: `mpd status` answers while every trainer's place is taken.
     trainers: Budget = field(default_factory=lambda: Budget(16))

@@ -5,7 +5,8 @@ the loop), ask whoever answers there for its id, and try again after a pause tha
 that has answered is asked again every minute, which is how two halves of a split swarm find each other again.
 
 Known peers are a JSON list of [host, port, id in hex], written to a temporary file that then takes the old one's place.
-They are asked like bootstrap entries until the first one answers.
+They are asked like bootstrap entries until the first one answers, and the others, like all whom this node has lost, at
+growing pauses (`dht_lost.py`).
 """
 
 import asyncio
@@ -188,8 +189,8 @@ class KnownPeers:
         return self._saved
 
     async def save(self, peers: list[KnownPeer]) -> None:
-        """Write `peers` if they changed. None at all overwrite nothing: the ones in the file may come back."""
-        kept = sorted(peers)[:MAX_KNOWN_PEERS]
+        """Write the first `MAX_KNOWN_PEERS` of `peers` if they changed. None at all overwrite nothing."""
+        kept = sorted(peers[:MAX_KNOWN_PEERS])
         if self._path is None or not kept:
             return
         if kept == self._saved:

@@ -27,7 +27,7 @@ MAX_HOMES = 4096
 class Contacts:
     """The contacts of one node, in `table`. `ping(node, repeat)` asks a node to prove who it is.
 
-    `on_change` is called after the table gained or lost a contact.
+    `on_change` is called after the table gained or lost a contact, before it `on_lost(node)` with one that fell silent.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Contacts:
         refused: Counter[str],
         on_change: Callable[[], None],
     ) -> None:
+        self.on_lost: Callable[[Any], None] = lambda node: None
         self.table = table
         self._own_id: bytes = table.node.id
         self._neighbourhood = neighbourhood
@@ -115,6 +116,7 @@ class Contacts:
             self._start_check(node.id, self._meet(known, repeat=True))
         elif sent_at >= self._failed_at[node.id]:  # requests of one burst are one failure
             self._shun(node.id)
+            self.on_lost(known)
             self.forget(node.id)
 
     def left(self, node: Any) -> None:

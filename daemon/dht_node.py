@@ -7,6 +7,7 @@ each other: when the contacts change, we look around and publish again; when som
 
 import asyncio
 import functools
+import itertools
 import logging
 import random
 import socket
@@ -26,6 +27,7 @@ from .dht_bootstrap import Bootstrap, KnownPeers
 from .dht_gate import DhtTrust, Gate
 from .dht_limits import Neighbourhood, own_hosts
 from .dht_lookup import PARALLEL, Seeker
+from .dht_lost import Lost
 from .dht_messages import MAX_NODES
 from .dht_proof import Proofs
 from .dht_protocol import GuardedProtocol
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 # have been unknown to everybody whom we asked the first time. The first contact of all is not kept waiting.
 SETTLE_PAUSES_S = (0.3, 2.0)
 REFRESH_S = 60.0
+FIRST_SAVES_S = (1.0, 2.0, 4.0, 8.0)  # whoever is killed soon after it has joined shall find back too
 SAVE_S = 30.0
 WATCH_S = 2.0  # between two looks at revocations, clocks and bootstraps
 GOODBYE_S = 0.5
@@ -116,7 +119,13 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
         )
         self._seeker = Seeker(self.protocol, self._proofs, config.wall_ms, config.replicas, self.refused)
         self._bootstrap = Bootstrap(self.node.id, self.protocol.ping, self._publish_status, config.rng)
-        self._spawn(self._bootstrap.ask_known(self._known_peers.load(), lambda: len(self.protocol.router.contacts)))
+        known = self._known_peers.load()
+        self._lost = Lost(self.protocol.ping, self._loop.time, config.rng)
+        for host, port, node_id in known:
+            self._lost.add(node_id, (host, port))
+        self.protocol.contacts.on_lost = lambda node: self._lost.add(node.id, (node.ip, node.port))
+        self._spawn(self._bootstrap.ask_known(known, lambda: len(self.protocol.router.contacts)))
+        self._spawn(self._lost.keep_asking())
         for entry in dict.fromkeys(config.bootstrap):
             self._spawn(self._bootstrap.keep_asking(entry, config.sock.family))
         self._spawn(self._refresh_for_ever())
@@ -186,6 +195,8 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
         contacts = self.protocol.router.contacts
         if not contacts:
             self._bootstrap.wake()
+        for node_id in contacts:
+            self._lost.found(node_id)
         self._publisher.contacts_changed()
         self._settle_pauses_s = [0.0, *SETTLE_PAUSES_S] if len(contacts) == 1 else [*SETTLE_PAUSES_S]
         self._settle_later()
@@ -226,13 +237,13 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
     # status
 
     async def _save_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(SAVE_S)
+        for pause_s in itertools.chain(FIRST_SAVES_S, itertools.repeat(SAVE_S)):
+            await asyncio.sleep(pause_s)
             await self._save()
 
     async def _save(self) -> None:
         contacts = self.protocol.router.contacts.values()
-        await self._known_peers.save([(node.ip, node.port, node.id) for node in contacts])
+        await self._known_peers.save([*((node.ip, node.port, node.id) for node in contacts), *self._lost.nodes])
 
     def _set_problem(self, problem: str) -> None:
         self._problem = problem

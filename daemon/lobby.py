@@ -17,7 +17,7 @@ import trio
 from mpd.config import RoundLimits
 from mpd.deadlines import Pace
 from mpd.errors import PeerError
-from mpd.grid import Cell, ShapeRecord, axis_of, line_of, next_cell, slot, table
+from mpd.grid import Cell, ShapeRecord, axis_of, line_of, newer, next_cell, slot, table
 from mpd.grouping import compose_begin
 from mpd.ids import Endpoint, PeerId, RoundId, peer_id, show_peer
 from mpd.layout import Terms
@@ -27,6 +27,7 @@ from mpd.messages import MAX_ROUND_S, Begin, Declined, Here, Join, Quit, RunTerm
 from mpd.roll import MatchLimits
 from mpd.schedule import MAX_STACKED_VECTORS, MIN_CHUNK_BYTES
 
+from .budgets import ByteGate
 from .contacts import Contacts
 from .links import Link
 from .peers import Peers
@@ -38,10 +39,14 @@ _POLL_S = 0.15  # while a shape is awaited
 _MATCH_POLL_S = 0.3  # while company is awaited
 _SLOW_POLL_S = 1.0  # while nobody asks for anything
 _IDLE_POLL_S = 10.0  # once the run has its shape
+_ARRIVAL_S = 2.0  # how long those whom the rendezvous has just met may take to publish there
 _FRESH_S = 10.0  # how long a new attachment polls fast
 _MAX_TIMER_S = 0.25
 _MAX_LEFT_S = MAX_ROUND_S - 1  # of a ticket: added to a clock and taken away again, an hour may become a little more
 _OVERTIME_S = 0.5  # that a step may take to find out where its line is
+_CATCH_UP_S = 1.0  # at most so often, whatever others publish, we leave company to catch up with others
+_HURRY_S = 5.0
+_MIN_AHEAD = 2
 _FAREWELL_S = 0.3  # how long taking announcements back may take
 
 
@@ -55,6 +60,7 @@ class LobbyServices:
     limits: RoundLimits
     rng: random.Random
     wall_ms: Callable[[], int]
+    dials: ByteGate  # calls under way to addresses that records name
     refuse: Callable[[RoundId], None]  # a BEGIN came too late for us
     warn: Callable[[str], None]
 
@@ -70,6 +76,7 @@ class _Post:
     sought_at: float = float("-inf")
     is_ready: bool = False
     is_overtaken: bool = False  # nobody else is at this number, but others are at a later one
+    goes_to: int | None = None  # where we have company, and more of it
 
 
 class Lobby:
@@ -85,12 +92,15 @@ class Lobby:
         self.reason = "looking for other peers of this run"
         self.pace = Pace(services.limits.progress_s, services.limits.window_s)
         self._services = services
-        self._contacts = Contacts(services.peers, self._on_absent)
+        self._contacts = Contacts(services.peers, services.dials, self._on_absent, self._on_back)
         self._roster = Roster(run, terms, services.own, services.rendezvous, services.limits, services.rng)
         self._roster.is_live = self._contacts.is_live
         self._strangers = Strangers(run, terms, self._contacts)
         self._post: _Post | None = None
         self._begun: _Post | None = None  # the slot of the group that began last
+        self._successor: tuple[ShapeRecord, Cell, int] | None = None  # what replaces `record`, and our place there
+        self._caught_up_at = float("-inf")  # when the line last went where more of it was
+        self._lost: set[PeerId] = set()  # company of our line that has gone without a goodbye
         self._was_deserted = False  # the last step found that nobody else has announced the run
         self._nudged = trio.Event()
         self._changed = trio.Event()
@@ -126,8 +136,10 @@ class Lobby:
                 await self._roster.announce(self._endpoint)
                 nursery.start_soon(self._watch_roster)
                 nursery.start_soon(self._watch_slot)
+                nursery.start_soon(self._contacts.keep_calling)
         finally:
             self._contacts.nursery = None
+            self._contacts.watch({})
             if self._post is not None:
                 self._post.matchmaker.cancel(trio.current_time(), "no trainer here takes part in the run any more")
                 self._pump(self._post)
@@ -143,14 +155,45 @@ class Lobby:
             if self.record is None:
                 await self._settle_shape()
             if self.record is not None:
-                await self._roster.keep_shape(self.record)
-                await trio.sleep(_IDLE_POLL_S)
+                await self._watch_shape(self.record)
+                await self._rest()
             else:
                 is_urgent = self._wanted or self._roster.others or trio.current_time() < fresh_until
                 await self._pause(_POLL_S if is_urgent else _SLOW_POLL_S)
 
+    async def _rest(self) -> None:
+        """Wait before the next look, shorter if more peers are there now: two halves of a swarm may have met."""
+        n_peers = self._services.rendezvous.snapshot().peers
+        for _ in range(int(_IDLE_POLL_S / _SLOW_POLL_S)):
+            await trio.sleep(_SLOW_POLL_S)
+            before, n_peers = n_peers, self._services.rendezvous.snapshot().peers
+            if n_peers > before:
+                await trio.sleep(_ARRIVAL_S)
+                return
+
+    async def _watch_shape(self, own: ShapeRecord) -> None:
+        """Keep the shape published; find out whether there is another one, written where we could not see it."""
+        found = await self._roster.newest_shape()
+        if found is not None and newer(found, own):
+            cell, number = await self._roster.first_place(found)
+            self._successor = (found, cell, number)
+            own = found
+        await self._roster.keep_shape(own)
+
+    def _adopt(self) -> None:
+        """Go over to a shape that replaces ours: between steps, and in an exact run between two cycles."""
+        post, successor = self._post, self._successor
+        if successor is not None and post is not None:
+            self._successor = None
+            post.matchmaker.cancel(trio.current_time(), "the run goes on in another shape")
+            self._pump(post)
+            self.record, self.cell, self.number = successor
+            self.last_cell = self.cell
+            self._stand()
+
     async def _settle_shape(self) -> None:
-        for seen in self._roster.others.values():
+        # Each of us begins at its own place in the order, so no ids, however chosen, are called first by everybody.
+        for seen in sorted(self._roster.others.values(), key=lambda seen: (seen.peer < self.own, seen.peer)):
             self._contacts.note(seen)
             self._contacts.call(seen.peer)
         record = await self._roster.find_shape()
@@ -168,14 +211,18 @@ class Lobby:
                 now = trio.current_time()
                 if now - post.sought_at >= (_MATCH_POLL_S if post.is_ready else _IDLE_POLL_S):
                     post.sought_at = now
-                    self._take_in(post, await self._roster.look(post.slot))
+                    found = await self._roster.look(post.slot)
+                    self._take_in(post, found)
+                    await self._catch_up(post, found)
             if post is self._post:
                 await self._pause(_MATCH_POLL_S if post is not None and post.is_ready else _SLOW_POLL_S)
 
     def _take_in(self, post: _Post, found: list[Seen]) -> None:
         """Make use of what the rendezvous shows. On a grid of several axes old records are of earlier rounds."""
-        if post is not self._post:
+        now = self._post
+        if now is None or (now.slot, now.number) != (post.slot, post.number):
             return
+        post = now  # a round may have begun meanwhile, and the next one is in the same slot
         mates = [seen for seen in found if seen.place.digest == self.terms.digest]
         for seen in mates:
             if len(self.shape) == 1 or seen.place.number == post.number:
@@ -189,6 +236,35 @@ class Lobby:
             else:
                 self._go_to(ahead, self.cell)
         self._pump(post)
+
+    async def _catch_up(self, post: _Post, found: list[Seen]) -> None:
+        """Go with those who are cycles ahead of us, though we have company: two halves of a grid have met.
+
+        Both count on where they were, so one has to give way, and it is the one behind. It takes two peers that are
+        linked to us to move us, since one alone may only have counted its failures.
+        """
+        record, d, now = self.record, len(self.shape), trio.current_time()
+        if record is None or d == 1 or (self.terms.rounds == "exact" and post.number % d):
+            return
+        ahead = [seen for seen in found if seen.place.number >= post.number + d]
+        if not (ahead and post.company) or now - self._caught_up_at < _CATCH_UP_S:
+            return
+        far = [seen for seen in await self._roster.lines(record, self.cell) if seen.place.number >= post.number + d]
+        for seen in far:
+            self._contacts.note(seen)
+            self._contacts.call(seen.peer)
+        if post is not self._post or sum(self._contacts.is_linked(seen.peer) for seen in far) < _MIN_AHEAD:
+            return
+        number = max(seen.place.number for seen in ahead)
+        if now - self._caught_up_at < _HURRY_S:
+            number += d  # they go on while we look, so we wait where they come next
+        self._caught_up_at = now
+        post.goes_to = number
+        if post.is_ready:
+            post.matchmaker.cancel(now, f"the other half of our line has gone on to round {number}")
+            self._pump(post)
+        else:
+            self._go_to(number, self.cell)
 
     async def _pause(self, seconds: float) -> None:
         with trio.move_on_after(seconds):
@@ -212,12 +288,14 @@ class Lobby:
         `standing` is called with this peer's cell once it is known. Bounded by `deadline` and the window.
         """
         self._wanted += 1
+        if self.terms.rounds != "exact":
+            self._adopt()
         self._nudge()
         try:
             if not await self._await_shape(deadline):
                 return self._alone(Alone(self.reason, {}))
             verdict, post = await self._match(standing, deadline)
-            if post.is_overtaken:
+            if post.is_overtaken or post.goes_to is not None:
                 verdict, post = await self._match(standing, deadline)
         finally:
             self._wanted -= 1
@@ -272,7 +350,7 @@ class Lobby:
         self.reason = machine.reason
         self.pace.note_arrivals(machine.lateness(trio.current_time()))
         if isinstance(machine.verdict, Alone):
-            await self._stay(deadline)
+            await self._stay(post, deadline)
         return machine.verdict, post
 
     def _take_back(self, post: _Post) -> None:
@@ -317,6 +395,7 @@ class Lobby:
 
     def start_cycle(self) -> None:
         """Stand where the next exact cycle begins: all peers of a run start it at the same phase."""
+        self._adopt()
         d = max(1, len(self.shape))
         if self.number % d:
             self._go_to(self.number + d - self.number % d, self.cell)
@@ -343,9 +422,12 @@ class Lobby:
             cell = next_cell(self.cell, begin.number, place, self.record.n_peers, self.record.shape)
             self._go_to(begin.number + 1, cell)
 
-    async def _stay(self, deadline: float) -> None:
+    async def _stay(self, post: _Post, deadline: float) -> None:
         """There was no group. A cycle goes on all the same; and if our line is somewhere else, we join it there."""
         assert self.record is not None
+        if post.goes_to is not None:
+            self._go_to(post.goes_to, self.cell)
+            return
         number, d = self.number, len(self.shape)
         is_cycle = self.terms.rounds == "exact" and d > 1
         self._go_to(number + 1 if is_cycle else number, self.cell)
@@ -366,7 +448,7 @@ class Lobby:
         assert record is not None
         axis = axis_of(self.number, record.shape)
         line = line_of(self.cell, axis)
-        key = slot(self.run, self.terms.digest, record.epoch, axis, line)
+        key = slot(self.run, record, axis, line)
         if line_size is None:
             line_size = table(record.n_peers, record.shape).expected(axis, line) if len(record.shape) > 1 else 0
         window = self.pace.window
@@ -455,8 +537,18 @@ class Lobby:
     def _on_absent(self, peer: PeerId, reason: str) -> None:
         self._strangers.lose(peer)
         if self._post is not None:
+            if peer in self._post.company:
+                self._lost.add(peer)
             self._post.company.discard(peer)
             self._post.matchmaker.on_gone(trio.current_time(), peer, reason)
+            self._pump(self._post)
+
+    def _on_back(self, peer: PeerId) -> None:
+        """A peer that was absent is linked again. On a single line it is company as before."""
+        was_lost = peer in self._lost
+        self._lost.discard(peer)
+        if was_lost and self._post is not None and len(self.shape) == 1:
+            self._meet(self._post, peer)
             self._pump(self._post)
 
     def _on_terms(self, link: Link, message: RunTerms) -> None:

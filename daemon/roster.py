@@ -100,15 +100,22 @@ class Roster:
         if members != self._members:
             self._members, self._quiet_since = members, trio.current_time()
 
-    async def find_shape(self) -> ShapeRecord | None:
-        """Return the shape record of the run; write it if that is up to this peer and the time has come."""
+    async def newest_shape(self) -> ShapeRecord | None:
+        """Return the shape record of the run that replaces all others; None if there is none."""
         found: ShapeRecord | None = None
         for record in await self._rendezvous.seek(shape_key(self.run, self.terms.digest)):
             shape = _decode(record)
             if not isinstance(shape, ShapeRecord) or shape.digest != self.terms.digest:
                 continue
+            if shape.shape != fit(shape.n_peers, self.terms.group_size):
+                continue  # it makes sense and is wrong: nobody fits a grid in another way
             if found is None or newer(shape, found):
                 found = shape
+        return found
+
+    async def find_shape(self) -> ShapeRecord | None:
+        """Return the shape record of the run; write it if that is up to this peer and the time has come."""
+        found = await self.newest_shape()
         if found is None and self._is_writer():
             found = self._first_record()
             await self.keep_shape(found)
@@ -133,7 +140,7 @@ class Roster:
             # In the first cycle other lines may be ahead, but our own waits for us.
             return cell, number if number >= len(record.shape) else 0
         candidates = sample_cells(self._rng, record.shape)
-        lines_of = {cell: await self._lines(record, cell) for cell in candidates}
+        lines_of = {cell: await self.lines(record, cell) for cell in candidates}
         number = _most_common((seen for lines in lines_of.values() for seen in lines), near=0) or 0
         axis = axis_of(number, record.shape)
         counts: Counter[Line] = Counter()
@@ -149,7 +156,7 @@ class Roster:
         """
         if len(record.shape) == 1:
             return None  # one line for ever: nobody there goes by numbers
-        return _most_common(await self._lines(record, cell), near)
+        return _most_common(await self.lines(record, cell), near)
 
     async def look(self, key: bytes) -> list[Seen]:
         """Return the other live peers that have announced a place under `key`."""
@@ -177,12 +184,12 @@ class Roster:
         host, port = (endpoint.host, endpoint.port) if endpoint is not None else ("", 0)
         return Place(host, port, self.terms.digest, number, cell)
 
-    async def _lines(self, record: ShapeRecord, cell: Cell) -> list[Seen]:
+    async def lines(self, record: ShapeRecord, cell: Cell) -> list[Seen]:
         """Return the peers announced in the lines of `cell`, in all phases."""
         seen: dict[PeerId, Seen] = {}
         for phase in range(len(record.shape)):
             axis = axis_of(phase, record.shape)
-            key = slot(self.run, self.terms.digest, record.epoch, phase, line_of(cell, axis))
+            key = slot(self.run, record, phase, line_of(cell, axis))
             for other in await self.look(key):
                 known = seen.get(other.peer)
                 if known is None or other.place.number > known.place.number:

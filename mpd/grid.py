@@ -213,12 +213,6 @@ def emptiest(counts: Mapping[Line, int], candidates: Sequence[Cell], axis: int, 
     return rng.choice([cell for cell, size in zip(candidates, sizes, strict=True) if size == min(sizes)])
 
 
-def slot(run: str, digest: bytes, epoch: int, phase: int, line: Line) -> bytes:
-    """Return the 20-byte DHT key where the members of `line` find each other in rounds of this phase."""
-    coordinates = b"".join(_number(c) for c in line)
-    return _hash(b"mpd slot 1", run.encode(), digest, _number(epoch), _number(phase), coordinates)[:KEY_BYTES]
-
-
 def roster_key(run: str) -> bytes:
     """Return the 20-byte DHT key where the peers of a run announce themselves until it has a shape."""
     return _hash(b"mpd roster 1", run.encode())[:KEY_BYTES]
@@ -285,6 +279,17 @@ class ShapeRecord:
         return [self.roster[i : i + PREFIX_BYTES] for i in range(0, len(self.roster), PREFIX_BYTES)]
 
 
+def slot(run: str, record: ShapeRecord, phase: int, line: Line) -> bytes:
+    """Return the 20-byte DHT key where the members of `line` find each other in rounds of this phase.
+
+    Peers that go by different grids never meet in one: each would expect the others to move elsewhere. On a grid of a
+    single line nobody moves, so there it does not matter for how many peers it was made.
+    """
+    grid = (record.n_peers, *record.shape) if len(record.shape) > 1 else ()
+    numbers = [b"".join(map(_number, each)) for each in ((record.epoch, phase), line, grid)]
+    return _hash(b"mpd slot 2", run.encode(), record.digest, *numbers)[:KEY_BYTES]
+
+
 def roster_of(peers: Iterable[bytes]) -> bytes:
     """Return the roster of a shape record for these peer ids: empty where they are too many for one record."""
     prefixes = sorted(peer[:PREFIX_BYTES] for peer in peers)
@@ -292,5 +297,9 @@ def roster_of(peers: Iterable[bytes]) -> bytes:
 
 
 def newer(a: ShapeRecord, b: ShapeRecord) -> bool:
-    """Return True if `a` replaces `b`: a larger epoch, or by content where two writers used the same one."""
-    return (a.epoch, a.content_digest()) > (b.epoch, b.content_digest())
+    """Return True if `a` replaces `b`: a larger epoch; or more peers; or, to have an order at all, by content.
+
+    Two records of one epoch come from writers that could not see each other, and the fewer peers have to move the
+    better.
+    """
+    return (a.epoch, a.n_peers, a.content_digest()) > (b.epoch, b.n_peers, b.content_digest())

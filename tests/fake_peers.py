@@ -11,12 +11,13 @@ import itertools
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import trio
 
 from mpd.config import RoundLimits
+from mpd.daemon.budgets import Budgets
 from mpd.daemon.links import LinkEvents
 from mpd.daemon.lobby import LobbyServices
 from mpd.daemon.peers import HANDSHAKE_S, Unreachable
@@ -193,12 +194,13 @@ class Hub:
         self.delay_s = delay_s
         self.dead: set[PeerId] = set()  # refuse to be dialled
         self.silent: set[PeerId] = set()  # do not answer at all
+        self._sides: list[set[PeerId]] = []  # the network has parted between these
         self._nursery = nursery
 
     async def dial(self, caller: FakePeers, peer: PeerId, endpoint: Endpoint) -> None:
         """Link `caller` to `peer`, unless it is gone. Raises Unreachable."""
         await trio.sleep_until(trio.current_time() + self.delay_s())
-        if self.silent & {peer, caller.own_id}:
+        if self.silent & {peer, caller.own_id} or self._is_parted(peer, caller.own_id):
             await trio.sleep_until(trio.current_time() + HANDSHAKE_S)
             raise Unreachable(f"did not answer at {endpoint} within {HANDSHAKE_S:g} s")
         there = self.members.get(peer)
@@ -222,6 +224,20 @@ class Hub:
         (self.silent if silently else self.dead).add(member)
         for other in list(self.members[member].made):
             self.cut(member, other)
+
+    def part(self, *sides: Iterable[PeerId]) -> None:
+        """Let nothing pass between the `sides` any more. Links are given up at once, as if they had been watched."""
+        self._sides = list(map(set, sides))
+        for a, b in itertools.permutations(self.members, 2):
+            if self._is_parted(a, b):
+                self.cut(a, b, "nothing was heard from it for 2.0 s")
+
+    def heal(self) -> None:
+        """Let everything pass again."""
+        self._sides = []
+
+    def _is_parted(self, a: PeerId, b: PeerId) -> bool:
+        return any(a in side and b in other for side in self._sides for other in self._sides if other is not side)
 
     async def _carry(self, *ends: FakeLink) -> None:
         with ends[0].scope:
@@ -269,6 +285,7 @@ class FakeDaemon:
             limits=swarm.limits,
             rng=random.Random(number),
             wall_ms=functools.partial(next, swarm.stamps),
+            dials=Budgets().dials,
             refuse=self._refuse,
             warn=self.heard.append,
         )

@@ -249,24 +249,33 @@ def test_emptiest_of_four_is_nearly_balanced():
 
 
 def test_slots_are_distinct_and_fixed():
+    grids = [ShapeRecord(epoch, n, shape, digest) for epoch in (1, 2) for digest in (bytes(32), b"\1" * 32)
+             for n, shape in ((900, (2, 2)), (901, (2, 2)), (900, (2, 2, 2)), (900, (1,)))]  # fmt: skip
+    lines = ((), (0,), (0, 0), (0, 1), (1, 0), (256,))
     keys = {
-        slot(run, digest, epoch, phase, line)
-        for run in ("a", "b", "")
-        for digest in (bytes(32), b"\1" * 32)
-        for epoch in (1, 2)
-        for phase in (0, 1)
-        for line in ((), (0,), (0, 0), (0, 1), (1, 0), (256,))
+        slot(run, grid, phase, line) for run in ("a", "b", "") for grid in grids for phase in (0, 1) for line in lines
     }
 
-    assert len(keys) == 3 * 2 * 2 * 2 * 6
+    assert len(keys) == 3 * len(grids) * 2 * len(lines)
     assert {len(key) for key in keys} == {20}
-    assert slot("run", bytes(32), 1, 0, (2, 3)).hex() == "58d243672faa244c16d4b9049a0d864f91d66699"
+    assert (
+        slot("run", ShapeRecord(1, 9, (2, 2), bytes(32)), 0, (2, 3)).hex() == "be231a03a1e9de16dadb2615c6cd36f677204a5f"
+    )
+
+
+def test_on_a_single_line_the_slot_is_the_same_for_any_number_of_peers():
+    one, other = (
+        ShapeRecord(1, 2, (1,), bytes(32), roster_of([b"a" * 20, b"b" * 20])),
+        ShapeRecord(1, 3, (1,), bytes(32)),
+    )
+    assert slot("run", one, 0, ()) == slot("run", other, 0, ())
+    assert slot("run", one, 0, ()) != slot("run", replace(one, epoch=2), 0, ())
 
 
 def test_keys_of_one_run_are_apart():
     names = ["", "a", "ab", "a\0"]
     keys = [roster_key(run) for run in names] + [shape_key(run, bytes(32)) for run in names]
-    keys += [slot(run, bytes(32), 1, 0, ()) for run in names] + [shape_key("a", b"\1" * 32)]
+    keys += [slot(run, ShapeRecord(1, 2, (1,), bytes(32)), 0, ()) for run in names] + [shape_key("a", b"\1" * 32)]
 
     assert len(set(keys)) == len(keys)
     assert {len(key) for key in keys} == {20}
@@ -333,3 +342,5 @@ def test_newer_is_a_total_order_by_epoch_first():
         assert newer(a, b) + newer(b, a) == (a != b)
         if a.epoch != b.epoch:
             assert newer(a, b) == (a.epoch > b.epoch)
+        elif a.n_peers != b.n_peers:
+            assert newer(a, b) == (a.n_peers > b.n_peers)

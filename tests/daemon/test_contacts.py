@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import trio
-from fake_peers import FakeDaemon, Swarm, terms
+from fake_peers import FakeDaemon, Swarm, peer, terms
 from trio.testing import MockClock
 
-from mpd.daemon.contacts import Contacts
+from mpd.daemon.contacts import FORGET_S, MAX_WAITING, TOLD_S, Contacts
 from mpd.daemon.lobby import Lobby
 from mpd.daemon.roster import Seen
 from mpd.ids import Endpoint, PeerId
@@ -35,8 +35,11 @@ class Caller:
 
     def __init__(self, daemon: FakeDaemon, nursery: trio.Nursery) -> None:
         self.went: list[tuple[PeerId, str]] = []
+        self.back: list[PeerId] = []
         self.daemon = daemon
-        self.contacts = Contacts(daemon.peers, lambda peer, why: self.went.append((peer, why)))
+        self.contacts = Contacts(
+            daemon.peers, daemon.services.dials, lambda peer, why: self.went.append((peer, why)), self.back.append
+        )
         self.contacts.nursery = nursery
 
 
@@ -137,10 +140,118 @@ async def test_the_goodbye_is_the_reason_and_not_the_end_of_the_link(
     assert caller.contacts.absences == {other.own: "connection refused"}
 
 
+async def link_and_lose(swarm: Swarm, caller: Caller, other: FakeDaemon, why: str) -> None:
+    """Let the two be linked, and the network part between them."""
+    caller.contacts.note(seen(other))
+    caller.contacts.call(other.own)
+    await pass_time(0.1)
+    if why != "silence":
+        caller.contacts.went(other.own, why)
+    swarm.hub.part([caller.daemon.own], [other.own])
+    caller.contacts.went(other.own, "nothing was heard from it for 2.0 s")
+    await pass_time(0.1)
+
+
+async def test_who_was_lost_without_a_goodbye_is_called_until_it_is_back(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm, caller, other = setup(nursery)
+    nursery.start_soon(caller.contacts.keep_calling)
+    await link_and_lose(swarm, caller, other, "silence")
+    await pass_time(20)
+    assert caller.daemon.peers.dials >= 3
+    assert caller.back == []
+    swarm.hub.heal()
+    await pass_time(12)  # a call that began before has to fail first
+    assert caller.back == [other.own]
+    assert caller.contacts.absences == {}
+    assert caller.contacts.is_live(seen(other))
+
+
+async def test_who_said_goodbye_is_not_called_after(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm, caller, other = setup(nursery)
+    nursery.start_soon(caller.contacts.keep_calling)
+    await link_and_lose(swarm, caller, other, "left: enough")
+    swarm.hub.heal()
+    await pass_time(60)
+    assert caller.daemon.peers.dials == 1
+
+
+async def test_who_calls_us_after_an_absence_is_back_too(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm, caller, other = setup(nursery)
+    nursery.start_soon(caller.contacts.keep_calling)
+    await link_and_lose(swarm, caller, other, "silence")
+    swarm.hub.heal()
+    await other.peers.link(caller.daemon.own, caller.daemon.peers.endpoint)
+    await pass_time(1)
+    assert caller.back == [other.own]
+
+
+async def test_what_is_known_of_those_who_stay_away_is_forgotten(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm, caller, other = setup(nursery)
+    nursery.start_soon(caller.contacts.keep_calling)
+    await link_and_lose(swarm, caller, other, "silence")
+    await pass_time(FORGET_S + 2 * TOLD_S)
+    dials = caller.daemon.peers.dials
+    await pass_time(FORGET_S)
+    assert caller.daemon.peers.dials == dials
+    assert not any((caller.contacts._absent, caller.contacts._seqs, caller.contacts._endpoints))
+
+
+async def test_however_many_addresses_are_published_only_so_many_are_dialled_at_once(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm, caller, _ = setup(nursery)
+    others = [swarm.daemon() for _ in range(MAX_WAITING + 50)]
+    for other in others:
+        swarm.hub.silent.add(other.own)
+        caller.contacts.note(seen(other))
+        caller.contacts.say(other.own, Goodbye())
+    await pass_time(1)
+    dials = caller.daemon.services.dials
+    assert dials.used == dials.limit == caller.daemon.peers.dials == 32
+    await pass_time(5)
+    assert caller.daemon.peers.dials == 64
+    await pass_time(600)
+    assert dials.used == 0
+    assert len(caller.went) == MAX_WAITING
+    assert caller.contacts._outbox == {}
+
+
+async def test_a_forged_address_keeps_nobody_from_being_dialled_for_long(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm, caller, other = setup(nursery)
+    for _ in range(64):
+        forged = swarm.daemon()
+        swarm.hub.silent.add(forged.own)
+        caller.contacts.note(seen(forged))
+        caller.contacts.call(forged.own)
+    caller.contacts.note(seen(other))
+    caller.contacts.call(other.own)
+    await pass_time(11)
+    assert caller.daemon.peers.get(other.own) is not None
+
+
+async def test_those_we_wait_for_are_watched_and_nobody_else(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    swarm, caller, one = setup(nursery)
+    other = swarm.daemon()
+    for each in (one, other):
+        caller.contacts.note(seen(each))
+        caller.contacts.call(each.own)
+    await pass_time(0.1)
+    links = [caller.daemon.peers.get(each.own) for each in (one, other)]
+    for peers, awaited in (([one.own], [1, 0]), ([one.own, other.own, peer(99)], [1, 1]), ([], [0, 0])):
+        caller.contacts.watch(peers)
+        assert [link.awaited for link in links] == awaited
+
+
 async def test_absences_are_told_for_a_while_only(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     _, caller, other = setup(nursery)
     caller.contacts.went(other.own, "gone")
-    await pass_time(2 * FORGIVE_S + 1)
+    await pass_time(TOLD_S + 1)
     assert caller.contacts.absences == {}
 
 

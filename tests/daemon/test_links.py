@@ -672,10 +672,13 @@ async def test_a_question_for_a_sign_of_life_is_answered() -> None:
     assert wire.events.messages == []
 
 
-async def test_a_peer_that_falls_silent_while_it_is_needed_is_given_up(jumping_clock: trio.testing.MockClock) -> None:
+@pytest.mark.parametrize("need", ["busy", "awaited"])
+async def test_a_peer_that_falls_silent_while_it_is_needed_is_given_up(
+    need: str, jumping_clock: trio.testing.MockClock
+) -> None:
     async with one_end() as wire:
         wire.link.patience_s = 3.0
-        wire.link.busy = 1
+        setattr(wire.link, need, 1)
         began = trio.current_time()
         assert "nothing was heard from it for" in await expect_end(wire)
         assert 3.0 <= trio.current_time() - began <= 1.5 * 3.0

@@ -53,7 +53,7 @@ class Table:
     async def stand(self, index: int, record: ShapeRecord, number: int, cell: Cell) -> None:
         """Announce a peer where it stands for round `number`."""
         axis = axis_of(number, record.shape)
-        key = slot("run", self.terms.digest, record.epoch, axis, line_of(cell, axis))
+        key = slot("run", record, axis, line_of(cell, axis))
         await self.rosters[index].stand(key, HERE, number, cell)
 
 
@@ -114,13 +114,14 @@ async def test_alone_nobody_writes_a_shape(autojump_clock: MockClock) -> None:
 
 
 async def test_of_several_shape_records_the_newest_with_our_terms_counts(autojump_clock: MockClock) -> None:
-    table = Table(5)
+    table = Table(6)
     key = shape_key("run", table.terms.digest)
     newest = ShapeRecord(3, 9, (2, 2), table.terms.digest)
     values = [
         RECORDS.encode(ShapeRecord(2, 9, (2, 2), table.terms.digest)),
         RECORDS.encode(newest),
         RECORDS.encode(ShapeRecord(9, 9, (2, 2), b"x" * 32)),
+        RECORDS.encode(ShapeRecord(9, 9, (2, 3), table.terms.digest)),
         b"nonsense",
         RECORDS.encode(Place("h", 1, table.terms.digest)),
     ]

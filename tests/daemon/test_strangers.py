@@ -22,7 +22,7 @@ async def pair(nursery: trio.Nursery, mine: Terms) -> tuple[Strangers, FakeDaemo
     """Return the strangers of one daemon, another daemon, and the link to it."""
     swarm = Swarm(nursery)
     one, other = swarm.daemon(), swarm.daemon()
-    contacts = Contacts(one.peers, lambda peer, why: None)
+    contacts = Contacts(one.peers, one.services.dials, lambda peer, why: None)
     contacts.nursery = nursery
     link = await one.peers.link(other.own, other.peers.endpoint)
     await trio.testing.wait_all_tasks_blocked()
