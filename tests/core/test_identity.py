@@ -512,10 +512,10 @@ def test_lives_are_as_long_as_promised() -> None:
     def life_s(certificate: x509.Certificate) -> tuple[float, float]:
         return certificate.not_valid_before_utc.timestamp() - NOW_S, certificate.not_valid_after_utc.timestamp() - NOW_S
 
-    assert life_s(ALICE_LEAF) == (-3600, 7 * DAY_S)
-    assert life_s(ADMITTER) == (-3600, 30 * DAY_S)
-    assert life_s(OTHER_ROOT) == (-3600, 20 * 365.25 * DAY_S)
-    assert life_s(issue_leaf(ROOT_KEY, ROOT, SWARM, public(BOB), "member", NOW_S, SERIAL, life_s=60)) == (-3600, 60)
+    assert life_s(ALICE_LEAF) == (-BACK_DATED_S, 7 * DAY_S)
+    assert life_s(ADMITTER) == (-BACK_DATED_S, 30 * DAY_S)
+    assert life_s(OTHER_ROOT) == (-BACK_DATED_S, 20 * 365.25 * DAY_S)
+    assert life_s(issue_leaf(ROOT_KEY, ROOT, SWARM, public(BOB), "member", NOW_S, SERIAL, life_s=60)) == (-BACK_DATED_S, 60)
 
 
 def test_a_leaf_does_not_outlive_its_issuer_nor_an_admitter_the_root() -> None:
