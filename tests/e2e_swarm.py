@@ -55,6 +55,7 @@ class DaemonProcess:
     def __init__(self, home: Path, name: str, *options: str, enter: Sequence[str] = ()) -> None:
         self.name = name
         self.enter = enter
+        self.program: Sequence[str] = MPD
         self.socket = home / f"{name}.sock"
         self.state_dir = home / name
         self.options = options
@@ -74,7 +75,7 @@ class DaemonProcess:
         """Start the process and return at once."""
         command = [
             *self.enter,
-            *MPD,
+            *self.program,
             "join",
             "--socket",
             str(self.socket),
@@ -87,9 +88,9 @@ class DaemonProcess:
         self._began = time.monotonic()
         return self
 
-    def wait_ready(self) -> Self:
+    def wait_ready(self, patience_s: float = PATIENCE_S) -> Self:
         """Return once the socket answers."""
-        eventually(self._answers, f"daemon {self.name} answers", self.log)
+        eventually(self._answers, f"daemon {self.name} answers", self.log, patience_s)
         status = self.status()
         self.peer, self.listen = status["peer_id"], status["listen"]
         return self
@@ -224,11 +225,13 @@ def new_run() -> str:
     return f"run {next(_run_numbers)}"
 
 
-def eventually(holds: Callable[[], bool], what: str, context: Callable[[], str] = str) -> None:
+def eventually(
+    holds: Callable[[], bool], what: str, context: Callable[[], str] = str, patience_s: float = PATIENCE_S
+) -> None:
     """Return as soon as `holds()` is true; fail with `what` and the `context` if it stays false for too long."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while not holds():
-        assert time.monotonic() < deadline, f"never came true within {PATIENCE_S} s: {what}\n{context()}"
+        assert time.monotonic() < deadline, f"never came true within {patience_s} s: {what}\n{context()}"
         time.sleep(LOOK_AGAIN_S)
 
 

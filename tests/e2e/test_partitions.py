@@ -116,8 +116,8 @@ def test_sides_go_on_alone_and_are_one_swarm_again_after_the_cut(score: Score) -
                     net.limit(host, 100)
                 for scene in scenes:
                     scene.daemons = start_on(swarm, scene.hosts)
-                for daemon in swarm.daemons:
-                    daemon.wait_ready()
+                    for daemon in scene.daemons:
+                        daemon.wait_ready()
                 for scene in scenes:
                     vectors = [np.zeros(n_elems, np.float32) for _ in scene.hosts]
                     attached = stack.enter_context(averagers(scene.daemons, RUN, vectors))
