@@ -515,7 +515,10 @@ def test_lives_are_as_long_as_promised() -> None:
     assert life_s(ALICE_LEAF) == (-BACK_DATED_S, 7 * DAY_S)
     assert life_s(ADMITTER) == (-BACK_DATED_S, 30 * DAY_S)
     assert life_s(OTHER_ROOT) == (-BACK_DATED_S, 20 * 365.25 * DAY_S)
-    assert life_s(issue_leaf(ROOT_KEY, ROOT, SWARM, public(BOB), "member", NOW_S, SERIAL, life_s=60)) == (-BACK_DATED_S, 60)
+    assert life_s(issue_leaf(ROOT_KEY, ROOT, SWARM, public(BOB), "member", NOW_S, SERIAL, life_s=60)) == (
+        -BACK_DATED_S,
+        60,
+    )
 
 
 def test_a_leaf_does_not_outlive_its_issuer_nor_an_admitter_the_root() -> None:

@@ -79,7 +79,7 @@ class Scene:
         return [self.hosts[i] for i in sorted(members)]
 
     def work(self, i: int, averager: Averager, vector: "np.ndarray[tuple[int], np.dtype[np.float32]]") -> None:
-        """Step until, after the network is whole again, everybody is in a round."""
+        """Step until the network is whole again and everybody in one round, which is the last one of all of them."""
         n, is_whole = len(self.hosts), False
         while not is_whole:
             vector[:] = 2.0**i
@@ -87,7 +87,7 @@ class Scene:
             outcome = averager.step(timeout=2 * D_S)
             ended = time.monotonic()
             self.steps[i].append(Step(began, ended, outcome, frozenset(contributors_of(vector, n))))
-            is_whole = began > self.healed and len(outcome.contributors) == n
+            is_whole = ended > self.healed and len(outcome.contributors) == n
             assert ended < self.healed + 60, f"{self.name}: never whole again: {outcome}"
 
 
@@ -132,9 +132,9 @@ def test_sides_go_on_alone_and_are_one_swarm_again_after_the_cut(score: Score) -
                     scene.part(scene, net)
                     scene.cut = time.monotonic()
                 time.sleep(CUT_S)
-                net.heal()
                 for scene in scenes:
                     scene.healed = time.monotonic()
+                net.heal()
                 for thread in threads:
                     thread.join()
             for scene in scenes:
