@@ -68,6 +68,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Return milliseconds since 1970, as far as the nodes are told."""
         return EPOCH_MS + int(self._virtual_s * 1000)
 
+    async def pass_time(self, seconds: float) -> None:
+        """Let this much time pass for the nodes."""
+        over = self.create_future()
+        self.call_later(seconds, over.set_result, None)
+        await over
+
     def _run_once(self) -> None:
         timers: Any = self._scheduled  # type: ignore[attr-defined]
         if not self._ready and timers:  # type: ignore[attr-defined]

@@ -102,9 +102,9 @@ def test_with_thirty_percent_churn_all_that_lives_is_found_and_the_dead_are_gone
         swarm = Swarm(loop, seed=1)
         for _ in range(n_nodes):
             await swarm.add()
-        await asyncio.sleep(5)
+        await loop.pass_time(5)
         await asyncio.gather(*(swarm.publish(number) for number in list(swarm.live)))
-        await asyncio.sleep(5)
+        await loop.pass_time(5)
         assert all([await swarm.seek(number) for number in list(swarm.live)])
         before = p95(swarm.latencies)
         swarm.latencies.clear()
@@ -116,15 +116,15 @@ def test_with_thirty_percent_churn_all_that_lives_is_found_and_the_dead_are_gone
             swarm.kill(swarm.rng.choice(sorted(swarm.live)))
             newcomers.append(await swarm.add())
             await swarm.publish(newcomers[-1])
-            await asyncio.sleep(1)
+            await loop.pass_time(1)
             settled = sorted(swarm.live.keys() - set(newcomers[-SETTLED_S:]))
             await swarm.check(swarm.rng.sample(settled, 4))
             if second == churn_s // 2:
                 last = loop.time()
                 early = [number for number, (when, _) in swarm.dead.items() if when <= last]
-        await asyncio.sleep(SETTLED_S)
+        await loop.pass_time(SETTLED_S)
         await swarm.check(sorted(swarm.live))
-        await asyncio.sleep(max(0.0, last + TTL_S + 1 - loop.time()))
+        await loop.pass_time(max(0.0, last + TTL_S + 1 - loop.time()))
         ghosts = [number for number in early[:: size(3, 1)] if await swarm.seek(number)]
         score(
             16,
@@ -164,21 +164,21 @@ def test_two_halves_that_have_forgotten_each_other_meet_again(score: Score) -> N
         swarm = Swarm(loop, seed=2)
         for _ in range(8):
             await swarm.add()
-        await asyncio.sleep(5)
+        await loop.pass_time(5)
         await asyncio.gather(*(swarm.publish(number) for number in list(swarm.live)))
         for node in swarm.live.values():
             end_bootstrapping(node)
         left = {0, 1, 2, 3}
         for cut_s, soon_s in ((20.0, 8.0), (size(130, 600), 70.0)):
             loop.is_cut = sides(left)
-            await asyncio.sleep(cut_s)
+            await loop.pass_time(cut_s)
             if cut_s > 2 * TTL_S:
                 assert all(node.status.peers == 3 for node in swarm.live.values())
                 assert not await swarm.live[0].seek(key_of(7))
             loop.is_cut = lambda a, b: False
             healed = loop.time()
             while not all([await node.seek(key_of(n)) for node in swarm.live.values() for n in swarm.live]):
-                await asyncio.sleep(0.1)
+                await loop.pass_time(0.1)
                 assert loop.time() - healed < soon_s
             score(4, "DHT: whole again by itself", cut_s=cut_s, seconds=round(loop.time() - healed, 2), nodes=8)
         await swarm.close()

@@ -410,8 +410,7 @@ async def step_for_ever(member: Member, pause_s: float, met: Notes) -> None:
             await sleep(pause_s)
 
 
-@pytest.mark.parametrize("n_left", [2, 1, 5])
-@pytest.mark.parametrize(("n", "group_size"), [(6, 16), (10, 4), (12, 4)])
+@pytest.mark.parametrize(("n", "group_size", "n_left"), [(6, 16, 2), (6, 16, 1), (10, 4, 5), (12, 4, 2)])
 async def test_each_side_goes_on_alone_and_both_together_once_they_can(
     n: int, group_size: int, n_left: int, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
@@ -450,8 +449,9 @@ def met_across(met: list[Notes], sides: tuple[set[PeerId], set[PeerId]], healed:
     ]
 
 
-@pytest.mark.parametrize("rounds", [1, "exact"])
-@pytest.mark.parametrize(("n", "n_left", "group_size"), [(4, 2, 16), (12, 5, 2), (12, 4, 4)])
+@pytest.mark.parametrize(
+    ("n", "n_left", "group_size", "rounds"), [(4, 2, 16, 1), (12, 5, 2, 1), (12, 4, 4, 1), (12, 5, 2, "exact")]
+)
 async def test_two_halves_that_began_apart_settle_on_one_shape_when_they_meet(
     n: int, n_left: int, group_size: int, rounds: int | str, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
