@@ -21,10 +21,6 @@ PARSERS := $(addprefix tests/, \
 
 # Tests whose numbers are larger with MPD_SOAK=1: the full figures of docs/security.md and docs/reliability.md.
 SOAKS := $(shell grep -lr SOAK tests --include='test_*.py')
-# Tests whose numbers are larger with MPD_SOAK=1: the full figures of the tables in docs/security.md.
-SOAKS := $(addprefix tests/, \
-	daemon/test_clients.py daemon/test_dht_churn.py daemon/test_dht_threats.py e2e/test_hostile_trainers.py e2e/test_private_swarm.py \
-	e2e/test_security_rows.py e2e/test_partitions.py e2e/test_starts.py)
 
 .PHONY: help demo test check format bench fuzz soak docs clean
 .DELETE_ON_ERROR:

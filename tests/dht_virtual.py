@@ -8,6 +8,7 @@ minutes of sixty nodes take as long as their cryptography, and the same seed giv
 import asyncio
 import random
 import socket
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -18,36 +19,32 @@ EPOCH_MS = 1_800_000_000_000
 
 
 class FakeSocket:
-    """As much of a bound UDP socket as a node looks at."""
+    """As much of a bound UDP socket as a node uses. What comes for it lies in `received`."""
 
     family = socket.AF_INET
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, loop: "VirtualLoop", port: int) -> None:
+        self.received: deque[tuple[bytes, Address]] = deque()
+        self._loop = loop
         self._address = ("127.0.0.1", port)
+        loop.sockets[self._address] = self
 
     def getsockname(self) -> Address:
         return self._address
 
-
-class _Transport:
-    """Hands datagrams to the loop."""
-
-    def __init__(self, loop: "VirtualLoop", address: Address) -> None:
-        self._loop = loop
-        self._address = address
-        self._is_open = True
-
-    def get_extra_info(self, name: str) -> Address:
-        return self._address
+    def setsockopt(self, *args: int) -> None:
+        """There is no kernel to ask for anything."""
 
     def sendto(self, datagram: bytes, address: Address) -> None:
         self._loop.deliver(datagram, self._address, address)
 
-    def is_closing(self) -> bool:
-        return not self._is_open
+    def recvfrom(self, n_bytes: int) -> tuple[bytes, Address]:
+        if not self.received:
+            raise BlockingIOError
+        return self.received.popleft()
 
     def close(self) -> None:
-        self._is_open = False
+        self._loop.sockets.pop(self._address, None)
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -59,7 +56,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.is_cut: Callable[[Address, Address], bool] = lambda sender, receiver: False
         self._virtual_s = 0.0
         self._rng = random.Random(seed)
-        self._protocols: dict[Address, Any] = {}
+        self.sockets: dict[Address, FakeSocket] = {}
+        self._readers: dict[FakeSocket, Callable[[], None]] = {}
 
     def time(self) -> float:
         return self._virtual_s
@@ -80,12 +78,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             self._virtual_s = max(self._virtual_s, timers[0].when())
         super()._run_once()  # type: ignore[misc]
 
-    async def create_datagram_endpoint(self, protocol_factory: Any, *args: Any, **kwargs: Any) -> Any:
-        address = kwargs["sock"].getsockname()
-        transport, protocol = _Transport(self, address), protocol_factory()
-        protocol.connection_made(transport)
-        self._protocols[address] = protocol
-        return transport, protocol
+    def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:
+        self._readers[fd] = callback
+        if fd.received:
+            self.call_soon(self._read, fd)
+
+    def remove_reader(self, fd: Any) -> bool:
+        return self._readers.pop(fd, None) is not None
 
     def deliver(self, datagram: bytes, sender: Address, receiver: Address) -> None:
         """Let `receiver` hear the datagram in a moment, if both live and nothing is between them."""
@@ -93,9 +92,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             self.call_later(self._rng.uniform(*DELAY_S), self._hand_over, datagram, sender, receiver)
 
     def _hand_over(self, datagram: bytes, sender: Address, receiver: Address) -> None:
-        protocol = self._protocols.get(receiver)
-        if protocol is not None and receiver not in self.dead and not protocol.transport.is_closing():
-            protocol.datagram_received(datagram, sender)
+        sock = self.sockets.get(receiver)
+        if sock is not None and receiver not in self.dead:
+            sock.received.append((datagram, sender))
+            self._read(sock)
+
+    def _read(self, sock: FakeSocket) -> None:
+        reader = self._readers.get(sock)
+        if reader is not None:
+            reader()
 
 
 def run_virtual(test: Callable[[VirtualLoop], Coroutine[Any, Any, None]], seed: int = 1) -> None:

@@ -41,7 +41,7 @@ class Swarm:
         number = next(self.numbers)
         known = self.rng.sample(sorted(self.live), min(3, len(self.live)))
         boots = tuple(Endpoint("127.0.0.1", 1000 + i) for i in known)
-        sock = FakeSocket(1000 + number)
+        sock = FakeSocket(self.loop, 1000 + number)
         node = await start_node(
             DhtConfig(
                 open_trust(number),
