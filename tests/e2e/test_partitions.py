@@ -198,7 +198,7 @@ def three() -> Iterator[tuple[Net, list[DaemonProcess]]]:
         for daemon in daemons:
             daemon.wait_ready()
         for host in net.hosts:
-            net.limit(host, 40)
+            net.limit(host, 60)
         yield net, daemons
         sys.stderr.write(swarm.log())
 

@@ -183,7 +183,7 @@ def test_wrong_clocks_are_tolerated_or_named(score: Score) -> None:
             daemon.wait_ready()
         group = [first, *near]
         eventually(lambda: all(peers_of(daemon) >= 2 for daemon in group), "ten seconds are tolerated", swarm.log)
-        run, vectors = new_run(), ones(3, 16 << 20)
+        run, vectors = new_run(), ones(3, 8 << 20)
         with averagers(group, run, vectors) as attached:
             wait_for_company(group, run)
             steps = [start_step(averager) for averager in attached]
