@@ -24,9 +24,12 @@ from mpd.config import DaemonConfig
 from mpd.ids import Endpoint, PeerId, show_peer
 from mpd.seal import NO_SEAL
 
+from . import faults
 from .admission import Admitter, Applicant, join_with_invite
 from .budgets import Budgets, raise_descriptor_limit
 from .clients import lock_socket, serve_clients
+from .containment import counts, supervise
+from .containment import problem as problem_of_bugs
 from .dht import DhtConfig, open_dht
 from .lobby import LobbyServices
 from .logs import OnChange
@@ -58,6 +61,7 @@ async def run_daemon(config: DaemonConfig, ready: Ready = lambda listen, announc
     `ready(listen, announced, peer)` is called once the socket answers: where the daemon listens, the address that
     others are told (port 0: none), and its id.
     """
+    faults.arm(config.faults)
     keep_memory_private()
     raise_descriptor_limit()
     with (
@@ -150,14 +154,14 @@ class _Daemon:
             self._state.remember_announced(announced)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             self._background.start_soon(self._watch_signals, signals, runs.leaving)
-            self._background.start_soon(self._log_changes)
-            self._background.start_soon(self._write_again)
+            self._background.start_soon(supervise, "report of changes", self._log_changes)
+            self._background.start_soon(supervise, "state that is written again", self._write_again)
             sock = trio.SocketListener(trio.socket.from_stdlib_socket(tcp))
             listeners = [] if self._config.net.outbound_only else [sock]
             async with trio.open_nursery() as links:
                 await links.start(peers.serve, listeners)
                 for service in (self._lookout.run, self._news.run, self._renewal.run):
-                    links.start_soon(service)
+                    links.start_soon(supervise, "service", service)
                 async with trio.open_nursery() as rounds:
                     await rounds.start(runs.serve)
                     async with trio.open_nursery() as intake:
@@ -213,7 +217,9 @@ class _Daemon:
 
     def _problem(self) -> str:
         """Return what the owner of this machine should know, in sentences."""
-        return "; ".join(filter(None, (self._state.problem, self._news.problem, self._renewal.problem)))
+        causes = (self._state, self._news, self._renewal)
+        sentences = (faults.status(), problem_of_bugs(), *(cause.problem for cause in causes))
+        return "; ".join(filter(None, sentences))
 
     def _status(self) -> dict[str, Any]:
         dht, peers = self._rendezvous.snapshot(), self._peers
@@ -233,6 +239,7 @@ class _Daemon:
             "suites": list(peers.suites),
             "budgets": self._budgets.snapshot(),
             "regions": count_regions(),
+            "unexpected": counts(),
             "problem": self._problem(),
             "version": mpd.__version__,
             "uptime_s": round(trio.current_time() - self._began, 3),

@@ -36,6 +36,7 @@ from mpd.wire import (
     unpack_header,
 )
 
+from . import faults
 from .budgets import Budgets, ByteGate
 
 if TYPE_CHECKING:
@@ -257,6 +258,8 @@ class DataDoor:
 
 async def dial_data(host: str, port: int, keys: DataKeys, stages: "Stages") -> "DataChannel":
     """Open the data connection of `keys`; both ends have proved them when this returns. Raises OSError, PeerError."""
+    if faults.armed:
+        await faults.outlast()
     stream = await trio.open_tcp_stream(host, port)
     try:
         await stream.send_all(data_greeting(keys.conn_id) + keys.hello())
@@ -378,6 +381,8 @@ class DataChannel:
             head, self._rest = memoryview(header), payload
         try:
             while head or self._rest:
+                if faults.armed:
+                    await faults.outlast()
                 try:
                     n = self._sock.sendmsg((head, self._rest))
                 except BlockingIOError:

@@ -31,6 +31,7 @@ from mpd.errors import Fatal, LocalError
 from mpd.ids import PeerId, show_peer
 
 from .budgets import Budgets, ByteGate
+from .containment import contained
 from .memory import OutRegion, Region
 
 HANDSHAKE_S = 5.0  # from the connection to the end of `Hello`
@@ -135,7 +136,7 @@ async def serve_clients(
         )
         if uid != os.geteuid():
             return
-        with contextlib.ExitStack() as place:
+        with contained("client connection"), contextlib.ExitStack() as place:
             try:
                 await _serve_connection(stream.socket, pid, _Serving(trainers, farewells, budgets, place))
             except* OSError as errors:  # of this connection alone, whatever the kernel comes up with

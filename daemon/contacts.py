@@ -15,6 +15,7 @@ import trio
 from mpd.ids import Endpoint, PeerId
 
 from .budgets import ByteGate
+from .containment import confine
 from .links import Link
 from .peers import Peers, Unreachable
 from .roster import Seen
@@ -146,7 +147,7 @@ class Contacts:
                 self._outbox.pop(peer, None)
                 return
             self._calling.add(peer)
-            self.nursery.start_soon(self._call, peer)
+            self.nursery.start_soon(confine, "call", self._call, peer)
 
     def watch(self, patience: Mapping[PeerId, float]) -> None:
         """Expect a sign of life every so many seconds from these peers, and no longer from those named before."""

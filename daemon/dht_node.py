@@ -22,7 +22,9 @@ from kademlia.network import Server
 
 from mpd.ids import Endpoint, peer_id_of
 
+from . import faults
 from .budgets import Budgets
+from .containment import report
 from .dht_bootstrap import Bootstrap, KnownPeers
 from .dht_gate import DhtTrust, Gate
 from .dht_limits import Neighbourhood, own_hosts
@@ -163,12 +165,17 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.refused["own error"] += 1
-        log.error("dht: %s", context["message"], exc_info=context.get("exception"))
+        if (error := context.get("exception")) is not None:
+            report("DHT task", error)
+        else:
+            log.error("dht: %s", context["message"])
 
     # records
 
     async def announce(self, key: bytes, value: bytes, ttl_s: float) -> None:
         """Publish our record under `key`, and keep it published from now on."""
+        if faults.armed:
+            faults.strike("announce")
         await self._publisher.announce(key, value, ttl_s)
 
     async def withdraw(self, key: bytes) -> None:
@@ -177,6 +184,8 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
 
     async def seek(self, key: bytes) -> tuple[Record, ...]:
         """Return the newest record of each publisher that anybody who should hold records under `key` has."""
+        if faults.armed:
+            faults.strike("seek")
         found = await self._seeker.seek(key)
         found.pop(self._config.trust.public_key, None)  # nobody knows better than we do what we say
         if (own := self._publisher.record(key)) is not None:

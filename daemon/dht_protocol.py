@@ -19,6 +19,7 @@ from kademlia.protocol import KademliaProtocol
 from mpd.ids import peer_id_of
 
 from . import dht_messages as m
+from . import faults
 from .dht_calls import Answer, Call, Calls, then
 from .dht_contacts import Contacts
 from .dht_gate import MAX_DATAGRAM_BYTES, MESSAGE_ID_BYTES, REPLY, REQUEST, Address, DhtTrust, Gate
@@ -148,7 +149,7 @@ class GuardedProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia has n
         return self.calls.ask(address, node_id, ping, repeat)
 
     def _send(self, datagram: bytes, address: Address) -> None:
-        if self.transport.is_closing():
+        if self.transport.is_closing() or (faults.armed and faults.is_cut_off()):
             return
         if len(datagram) > MAX_DATAGRAM_BYTES:
             self.refused["too long to send"] += 1

@@ -19,6 +19,7 @@ from mpd.matchmaking import MAX_DETAIL_CHARS
 from mpd.messages import PEER_VERSION, PEERS, Goodbye, Hello
 from mpd.wire import ControlBuffer, control_frame
 
+from . import faults
 from .tls import ALPN, Membership, Tls, explain, leaf_of, shake_hands, wrap_client
 
 HANDSHAKE_S = 5.0  # a connection that has not become a link by then is closed
@@ -42,6 +43,8 @@ class Talk:
 
     async def send(self, message: Any) -> None:
         """Send one message."""
+        if faults.armed:
+            await faults.outlast()
         await self._stream.send_all(control_frame(PEERS.encode(message)))
 
     async def receive(self) -> Any:

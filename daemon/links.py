@@ -23,7 +23,9 @@ from mpd.messages import PEERS, DataAccept, DataBad, DataOffer, DataRefused, Goo
 from mpd.seal import BadRecord
 from mpd.wire import ControlBuffer, Header, control_frame
 
+from . import faults
 from .channels import DataChannel, DataDoor, Sealing, dial_data
+from .containment import UNEXPECTED, report
 from .transfers import Outbox, Shipment
 
 DRAIN_S = 2.0  # how long the rest of the data may take to arrive after control has ended
@@ -251,6 +253,9 @@ class Link:
                 nursery.cancel_scope.cancel()
         except* (PeerError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as group:
             self.reason = self.reason or _why(group)
+        except* Exception as group:  # noqa: BLE001  # a bug costs the link
+            self.reason = self.reason or UNEXPECTED
+            report("link", group)
         finally:
             self.up = False
             self._retire_channel()
@@ -296,6 +301,8 @@ class Link:
                 while self._frames:
                     frames = b"".join(self._frames)
                     self._frames.clear()
+                    if faults.armed:
+                        await faults.outlast()
                     await self._control.send_all(frames)
                     self._queued_control_bytes -= len(frames)
                     self._flushed.set()

@@ -23,12 +23,14 @@ from mpd.ids import Endpoint, PeerId, RoundId, peer_id, show_peer
 from mpd.layout import Terms
 from mpd.mass import Standing
 from mpd.matchmaking import Alone, Begun, Matchmaker, Sighting
-from mpd.messages import MAX_ROUND_S, Begin, Declined, Here, Join, Quit, RunTerms
+from mpd.messages import MAX_ROUND_S, Begin, Declined, Here, Join, Joined, Quit, RunTerms
 from mpd.roll import MatchLimits
 from mpd.schedule import MAX_STACKED_VECTORS, MIN_CHUNK_BYTES
 
+from . import faults
 from .budgets import ByteGate
 from .contacts import Contacts
+from .containment import supervise
 from .links import Link
 from .peers import Peers
 from .rendezvous import Rendezvous
@@ -133,10 +135,9 @@ class Lobby:
         try:
             async with trio.open_nursery() as nursery:
                 self._contacts.nursery = nursery
-                await self._roster.announce(self._endpoint)
-                nursery.start_soon(self._watch_roster)
-                nursery.start_soon(self._watch_slot)
-                nursery.start_soon(self._contacts.keep_calling)
+                nursery.start_soon(supervise, "look at a run", self._watch_roster)
+                nursery.start_soon(supervise, "look at a run", self._watch_slot)
+                nursery.start_soon(supervise, "call those who were lost", self._contacts.keep_calling)
         finally:
             self._contacts.nursery = None
             self._contacts.watch({})
@@ -148,6 +149,7 @@ class Lobby:
 
     async def _watch_roster(self) -> None:
         """Find out who wants this run; settle its shape if it has none."""
+        await self._roster.announce(self._endpoint)
         fresh_until = trio.current_time() + _FRESH_S
         while True:
             await self._roster.read()
@@ -327,13 +329,13 @@ class Lobby:
         machine = post.matchmaker
         now = trio.current_time()
         post.is_ready = True
-        if self._was_deserted and not post.company:
-            machine.cancel(now, "nobody else has announced this run")
-        else:
-            ticket = self._ticket(post, standing(self.cell), max(0.001, deadline - now))
-            machine.on_ready(now, ticket, self.pace.window_s(post.company))
-        self._pump(post)
         try:
+            if self._was_deserted and not post.company:
+                machine.cancel(now, "nobody else has announced this run")
+            else:
+                ticket = self._ticket(post, standing(self.cell), max(0.001, deadline - now))
+                machine.on_ready(now, ticket, self.pace.window_s(post.company))
+            self._pump(post)
             while machine.verdict is None:
                 self.reason = machine.reason
                 self._contacts.watch(self.pace.patience(post.company))
@@ -342,11 +344,12 @@ class Lobby:
                     await self._changed.wait()
                 machine.on_tick(trio.current_time())
                 self._pump(post)
-        except trio.Cancelled:
+        except BaseException:
             self._take_back(post)
             raise
         finally:
             self._contacts.watch({})
+        self._pump(post)  # if that went wrong when the group began, we still have to move on
         self.reason = machine.reason
         self.pace.note_arrivals(machine.lateness(trio.current_time()))
         if isinstance(machine.verdict, Alone):
@@ -570,8 +573,14 @@ class Lobby:
     def _pump(self, post: _Post) -> None:
         """Send what the machine has to say. Once a group begins, what else comes is for our stand in the next slot."""
         for action in post.matchmaker.take_actions():
+            if faults.armed and isinstance(action.message, Join | Joined):
+                faults.strike("propose")
+            if faults.armed and isinstance(action.message, Begin):
+                faults.strike("begin")
             self._contacts.say(action.peer, action.message)
         verdict = post.matchmaker.verdict
         if isinstance(verdict, Begun) and post is self._post:
+            if faults.armed and not verdict.leader:
+                faults.strike("begin")
             self._move_on(post, verdict.begin)
         self._change()

@@ -19,8 +19,10 @@ from mpd.errors import PeerError
 from mpd.ids import Endpoint, PeerId, show_peer
 from mpd.messages import PEER_VERSION, Goodbye, Hello
 
+from . import faults
 from .budgets import Budgets
 from .channels import Sealing, own_suites, tune
+from .containment import UNEXPECTED, confine, contained, report
 from .door import Door
 from .handshake import CROSSED, HANDSHAKE_S, CallBook, Calls, Met, answer, call, probe, refuse, why
 from .links import Link, LinkEvents
@@ -156,7 +158,7 @@ class Peers:
 
     def _start(self, action: Callable[..., Awaitable[None]], *args: Any) -> None:
         if self._nursery is not None:
-            self._nursery.start_soon(action, *args)
+            self._nursery.start_soon(confine, "link", action, *args)
 
     async def _cut(self, link: Link, reason: str) -> None:
         link.send(Goodbye(reason))
@@ -215,16 +217,24 @@ class Peers:
                         await calls.news.wait()
         except (OSError, PeerError, trio.BrokenResourceError) as error:
             raise Unreachable(f"cannot be reached at {endpoint}: {why(error)}") from error
+        except Exception as error:
+            report("call", error)
+            raise Unreachable(UNEXPECTED) from error
         finally:
             calls.dialling, calls.connected = None, False
             calls.tell()
 
     async def _call(self, peer: PeerId, endpoint: Endpoint, calls: Calls) -> bool:
         """Make a link. Returns False if the peer says that its own call is on its way."""
+        if faults.armed:
+            await faults.outlast()
         stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
         calls.connected = True
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(trio.aclose_forcefully, stream)
+            if faults.armed:
+                faults.strike("handshake")
+                await faults.outlast()
             tune(stream.socket)
             met = await call(stream, self._membership, peer, self._hello)
             if met is None:
@@ -235,7 +245,7 @@ class Peers:
             link.close("this daemon is leaving")
             await self._carry(link)
         else:
-            self._nursery.start_soon(self._carry, link)
+            self._nursery.start_soon(confine, "link", self._carry, link)
         return True
 
     async def probe(self, endpoint: Endpoint) -> str:
@@ -259,11 +269,15 @@ class Peers:
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         """Serve one incoming connection. trio closes `stream` when this returns."""
-        link = await self.door.receive(stream)
-        if link is not None:
-            await self._carry(link)
+        with contained("connection"):
+            link = await self.door.receive(stream)
+            if link is not None:
+                await self._carry(link)
 
     async def _answer_call(self, stream: trio.SocketStream) -> Link | None:
+        if faults.armed:
+            faults.strike("handshake")
+            await faults.outlast()
         tune(stream.socket)
         try:
             connection, member = await wrap_server(stream, self._membership)

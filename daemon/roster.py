@@ -75,7 +75,7 @@ class Roster:
         self._members: frozenset[PeerId] = frozenset()
         self._quiet_since = trio.current_time()
         self._kept: ShapeRecord | None = None
-        self._stands: dict[bytes, Place] = {}
+        self._stands: dict[bytes, Place | None] = {}  # None: it may be announced
 
     async def announce(self, endpoint: Endpoint | None) -> None:
         """Say that this peer wants to take part."""
@@ -173,8 +173,9 @@ class Roster:
         """Announce this peer in the slot `key`, and nowhere else. Costs nothing where it stands so already."""
         place = self.place(endpoint, number, cell)
         if self._stands.get(key) != place:
-            self._stands[key] = place
+            self._stands[key] = None  # first: a cancelled announcement may have been made
             await self._publish(key, place)
+            self._stands[key] = place
         for other in [other for other in self._stands if other != key]:
             await self._rendezvous.withdraw(other)
             del self._stands[other]

@@ -29,6 +29,8 @@ from mpd.reduce import combine, members_of
 from mpd.robust import pool_for
 from mpd.schedule import chunks
 
+from . import faults
+from .containment import UNEXPECTED, contained, report
 from .lobby import Lobby
 from .memory import OutRegion, Region, give_up, private
 from .sessions import RoundResult, RoundSession, Sessions
@@ -208,12 +210,17 @@ class Run:
                 await self._collect(tally)
                 if self._current:
                     await self._average(tally)
+                if tally.vector is not None and self._current:
+                    self._publish(tally.vector)
             except (RoundFailed, LocalError) as error:
                 tally.failures.append(str(error))
-        if tally.vector is not None and self._current:
-            self._publish(tally.vector)
+            except Exception as error:  # noqa: BLE001  # a bug costs the step
+                report("step", error)
+                tally.failures.append(UNEXPECTED)
+                tally.vector = None  # it may be the very thing that is broken
         for ask in self._current:
-            ask.answer = self._answer(ask, tally)
+            with contained("step"):
+                ask.answer = self._answer(ask, tally)
             ask.answered.set()
         self._current, self._scope = [], None
         self.idle.set()
@@ -299,7 +306,9 @@ class Run:
 
     async def _carry(self, session: RoundSession) -> None:
         try:
-            await session.run()
+            with contained("round"):
+                await session.run()
+            session.cancel(UNEXPECTED)  # which says nothing if it is gone, as it should be
         finally:
             session.cancel("this daemon is leaving")
             self._sessions.end(session)
@@ -401,6 +410,8 @@ class Run:
         if vector is not self.out.view:
             self._reclaim(self.out.view)
             self.out.view[:] = vector
+        if faults.armed:
+            faults.strike("write-back")
         self._generation += 1
         self.out.publish(self._generation)
 

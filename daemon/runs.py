@@ -36,6 +36,7 @@ from mpd.messages import (
 )
 from mpd.wire import Header
 
+from .containment import confine, supervise
 from .links import Landing, Link
 from .lobby import Lobby, LobbyServices
 from .memory import OutRegion, Region
@@ -114,7 +115,7 @@ class Runs:
         try:
             with scope:
                 async with turn:
-                    await run.serve()
+                    await supervise("run", run.serve)
         finally:
             run.out.close()
 
@@ -246,7 +247,7 @@ class Switchboard:
                 reason = message.reason[:MAX_DETAIL_CHARS]
                 self.runs.on_gone(link.peer, f"left: {reason}" if reason else "left")
             case DialBack():
-                self._nursery.start_soon(self._dial_back, link, message)
+                self._nursery.start_soon(confine, "dial-back", self._dial_back, link, message)
             case DialledBack():
                 self._on_dialled_back(message)
             case News():

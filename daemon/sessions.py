@@ -15,11 +15,38 @@ import trio
 
 from mpd.deadlines import PROGRESS, SenderReport
 from mpd.errors import PeerError, RoundFailed
-from mpd.exchange import CloseLink, Ended, Exchange, Finished, Gone, RoundPlan, Send, SendPiece, SendResult
+from mpd.exchange import (
+    CloseLink,
+    Ended,
+    Exchange,
+    ExchangeMessage,
+    Finished,
+    Gone,
+    RoundPlan,
+    Send,
+    SendPiece,
+    SendResult,
+)
 from mpd.ids import Endpoint, PeerId, RoundId, peer_id
-from mpd.messages import EXCHANGE, Begin, Scoped, UnknownRound
+from mpd.messages import (
+    EXCHANGE,
+    Ask,
+    Begin,
+    Commit,
+    Done,
+    Few,
+    Need,
+    NewPlan,
+    Prepare,
+    Promise,
+    Scoped,
+    UnknownRound,
+    Want,
+)
 from mpd.wire import Header, Kind
 
+from . import faults
+from .containment import UNEXPECTED, confine, contained, report
 from .links import MAX_REPAIRS, Landing, Link
 from .peers import Peers, Unreachable
 from .transfers import Arrival, Bye, Departure, Notice
@@ -78,7 +105,7 @@ class RoundSession:
         async with trio.open_nursery() as nursery:
             for place in range(len(self.members)):
                 if place != self.me:
-                    nursery.start_soon(self._connect, place)
+                    nursery.start_soon(confine, "member of a round", self._connect, place)
             while not self.gone.is_set():
                 now = trio.current_time()
                 wakeup = self.exchange.wakeup
@@ -175,10 +202,29 @@ class RoundSession:
         """Tell the machine that something happened now, and do what it asks for."""
         now = trio.current_time()
         try:
-            event(now, *args)
-        except RoundFailed as error:  # our own values or sums are no good: the others go on without us
-            self.exchange.cancel(now, str(error))
-        self._perform()
+            try:
+                event(now, *args)
+            except RoundFailed as error:  # our own values or sums are no good: the others go on without us
+                self.exchange.cancel(now, str(error))
+            self._perform()
+        except PeerError:
+            raise
+        except Exception as error:  # noqa: BLE001  # a bug costs the round
+            report("round", error)
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """End this round whatever state it is in: something unexpected has happened in it, and may happen again."""
+        with contained("round"):
+            self.exchange.cancel(trio.current_time(), UNEXPECTED)
+            self._perform()
+        if not self.finished.is_set():
+            with contained("round"):
+                self._finish(succeeded=self.exchange.ended is Ended.SUCCESS)
+        self.finished.set()
+        if not self.gone.is_set():
+            with contained("round"):
+                self._leave()
 
     def _perform(self) -> None:
         for action in self.exchange.take_actions():
@@ -186,19 +232,24 @@ class RoundSession:
                 case SendPiece() | SendResult():
                     self._to(action.to, Departure(self, action))
                 case Send():
+                    if faults.armed:
+                        faults.strike(_point_of(action.message))
                     self._to(action.to, Scoped(self.round_id, EXCHANGE.encode(action.message)))
                 case CloseLink():
                     self._part(action.to)
                 case Finished():
-                    self._seconds = trio.current_time() - self._began
-                    self._bytes_sent_by_end = self.bytes_sent
-                    if action.success:  # the others still get what this member owes them
-                        owed = (record.n_bytes() for link in self._links.values() for record in link.unsent(self))
-                        self._bytes_sent_by_end += sum(owed)
-                    self._let_go()
-                    self.finished.set()
+                    self._finish(succeeded=action.success)
                 case Gone():
                     self._leave()
+
+    def _finish(self, *, succeeded: bool) -> None:
+        self._seconds = trio.current_time() - self._began
+        self._bytes_sent_by_end = self.bytes_sent
+        if succeeded:  # the others still get what this member owes them
+            owed = (record.n_bytes() for link in self._links.values() for record in link.unsent(self))
+            self._bytes_sent_by_end += sum(owed)
+        self._let_go()
+        self.finished.set()
 
     async def _connect(self, place: int) -> None:
         member = self.begin.members[place]
@@ -423,6 +474,15 @@ class Sessions:
     def _wake(self) -> None:
         self._began.set()
         self._began = trio.Event()
+
+
+def _point_of(message: ExchangeMessage) -> str:
+    """Return the fault point that sending `message` passes."""
+    match message:
+        case Done() | Commit():
+            return "commit"
+        case Need() | Few() | Prepare() | Promise() | NewPlan() | Want() | Ask():
+            return "repair"
 
 
 def _plan(begin: Begin, me: int, vault: RegionVault, deadline: float, progress_s: float | None) -> RoundPlan:

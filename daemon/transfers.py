@@ -15,6 +15,7 @@ from mpd.exchange import SendPiece, SendResult
 from mpd.ids import RoundId
 from mpd.wire import HEADER_BYTES, Header, Kind, pack_header
 
+from . import faults
 from .vault import IN_PLACE
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Arrival:
         session.bytes_received += HEADER_BYTES + header.length
         in_place = self.view is not None
         self._vacate()
+        if faults.armed:
+            faults.strike("receive")
         if not (self._revoked or session.gone.is_set() or self._place in session.left):
             self._use(IN_PLACE if in_place else payload)
 
@@ -98,6 +101,8 @@ class Departure:
 
     def load(self) -> tuple[bytes, memoryview] | None:
         session, action, vault = self._session, self._action, self._session.vault
+        if faults.armed:
+            faults.strike("send" if isinstance(action, SendPiece) else "return")
         if isinstance(action, SendPiece):
             if not session.exchange.may_send_piece(action.chunk, action.version):
                 return None

@@ -15,6 +15,8 @@ from mpd.reduce import Accumulator, AccumulatorPool, first_non_finite, members_o
 from mpd.robust import Stack, StackPool
 from mpd.schedule import Chunk
 
+from . import faults
+
 IN_PLACE = object()  # the payload of a result that was received straight into its slot
 _PLAIN = 2.0**20  # weights up to here, and down to its inverse, are summed as they are
 _SMALLEST = 2.0**-30
@@ -60,6 +62,8 @@ class RegionVault:
 
     def close(self, chunk: int, contributors: int) -> None:
         """Write the mean over `contributors` to the slot, as everybody else will read it from the wire."""
+        if faults.armed:
+            faults.strike("reduce")
         piece, slot = self.chunks[chunk], self.slot_view(chunk)
         sums = self._sums(chunk)
         self._prepare(chunk)

@@ -86,6 +86,7 @@ cli.add_command(swarm)
 @SOCKET
 @STATE_DIR
 @click.option("-v", "--verbose", is_flag=True, help="Log everything, tracebacks included.")
+@click.option("--fault", "faults", default="", envvar="MPD_FAULT", hidden=True)
 def join(
     bootstrap: tuple[Endpoint, ...],
     listen: Endpoint,
@@ -96,6 +97,7 @@ def join(
     socket_path: Path | None,
     state_dir: Path | None,
     verbose: bool,
+    faults: str,
 ) -> None:
     """Run this machine's daemon in the foreground, until Ctrl+C, SIGTERM or `mpd leave`.
 
@@ -121,6 +123,7 @@ def join(
         socket=(socket_path or default_socket_path()).absolute(),
         state_dir=(state_dir or default_state_dir()).absolute(),
         net=NetConfig(listen, announce, bootstrap, outbound_only, plain_on_loopback),
+        faults=faults,
         invite=invite,
     )
     setup(verbose)

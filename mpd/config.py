@@ -55,10 +55,13 @@ class RoundLimits:
 
 @dataclass(frozen=True, slots=True)
 class DaemonConfig:
-    """Everything `mpd join` decides, read once. `invite` is the token to become a member with, or empty."""
+    """Everything `mpd join` decides, read once. `invite` is the token to become a member with, or empty;
+    `faults` is what is to go wrong on purpose.
+    """
 
     socket: Path
     state_dir: Path
     net: NetConfig = field(default_factory=NetConfig)
     limits: RoundLimits = field(default_factory=RoundLimits)
+    faults: str = ""  # see mpd.daemon.faults; for tests
     invite: str = field(default="", repr=False)  # a token lets its bearer in: it appears in no log

@@ -72,7 +72,7 @@ NOT_IN_THE_CORE = {
 }  # fmt: skip
 
 ONLY_THE_DHT = {"kademlia", "rpcudp", "asyncio"}
-LINK_FILES = {"links", "peers", "ports", "channels", "handshake", "admission"}
+LINK_FILES = {"links", "peers", "ports", "channels", "handshake", "admission", "faults"}
 LOCAL_FILES = {"clients", "memory"}
 INTERNET = {
     "AF_INET", "AF_INET6", "create_connection", "create_server", "open_ssl_over_tcp_stream", "open_tcp_listeners",

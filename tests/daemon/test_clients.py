@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import struct
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -783,3 +784,16 @@ def test_a_file_that_is_no_socket_is_not_removed(path: Path, trainers: Trainers)
 async def test_a_path_that_is_too_long_is_one_sentence(tmp_path: Path, trainers: Trainers) -> None:
     with pytest.raises(Fatal, match=r"path too long.*choose another --socket"):
         await serve_clients(tmp_path / ("x" * 200), trainers, contextlib.ExitStack(), Budgets())
+
+
+async def test_a_bug_in_an_answer_costs_that_connection(
+    path: Path, client: Client, trainers: Trainers, bugs: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connected(path) as other:
+        assert isinstance(await other.ask(HELLO), control.Welcome)
+        await client.ask(HELLO)
+        monkeypatch.setattr(trainers, "query", lambda query: 1 / 0)
+        assert await client.ask(control.Query("status")) is None
+        assert bugs == {"client connection": 1}
+        monkeypatch.undo()
+        assert isinstance(await other.ask(control.Query("status")), control.Answer)

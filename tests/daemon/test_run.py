@@ -8,6 +8,7 @@ import contextlib
 import math
 import mmap
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -796,3 +797,33 @@ async def test_no_memory_for_a_result_gives_the_round_back(
     assert "4 KiB of memory are needed" in stepped.reason
     assert play.sessions.refused == [bytes([1]) * 16]
     assert play.lobby.fell_back == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- our bugs
+
+
+async def test_a_bug_costs_its_step_and_the_next_one_is_fine(
+    nursery: trio.Nursery, autojump_clock: MockClock, bugs: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = script(nursery, 1, "++", 3.0, rounds=1)
+    form = case.lobby.form
+    monkeypatch.setattr(case.lobby, "form", lambda standing, deadline: standing("no cell") / 0)
+    failed = await case.step()
+    assert not failed.averaged
+    assert "unexpected error" in failed.reason
+    assert bugs == {"step": 1}
+    monkeypatch.setattr(case.lobby, "form", form)
+    assert (await case.step()).averaged
+    assert case.values() == {3.0}
+
+
+async def test_a_bug_while_a_result_is_published_leaves_the_old_one(
+    nursery: trio.Nursery, autojump_clock: MockClock, bugs: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = script(nursery, 1, "++", 3.0, 4.0, rounds=1)
+    publish = case.run.out.publish
+    monkeypatch.setattr(case.run.out, "publish", lambda generation: generation / 0)
+    assert not (await case.step()).averaged
+    assert bugs == {"step": 1}
+    monkeypatch.setattr(case.run.out, "publish", publish)
+    assert (await case.step()).generation == 2

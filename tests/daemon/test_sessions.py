@@ -11,6 +11,7 @@ import functools
 import gc
 import socket
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -1081,3 +1082,40 @@ async def test_the_memory_of_a_round_is_free_for_the_next_as_soon_as_it_is_finis
                 nursery.start_soon(spoil, i)
         await s.until_ended(0, 1, 2)
         assert kept == [bytes(mean_of(0b111, s.n_elems, s.dtype, s.codec))] * 3
+
+
+# ------------------------------------------------------------------------------------------------------------- our bugs
+
+
+@pytest.mark.parametrize("method", ["add", "close", "store"])
+async def test_a_bug_in_a_round_ends_it_for_this_member_and_keeps_its_links(
+    method: str, bugs: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails honestly, the others go on without it, and the next round of the same links is fine."""
+    async with swarm(4) as s:
+        begin = s.begin()
+        broken = s.join(3, begin).vault
+        monkeypatch.setattr(broken, method, lambda *args: 1 / 0)
+        await s.run(begin)
+        assert not s.results[3].success
+        assert "unexpected error" in s.results[3].reason
+        assert set(bugs) == {"round"}
+        s.expect_success(0, 1, 2)
+        s.expect_means(begin, 0)
+        assert all(link.up for node in s.nodes for link in node.peers.links())
+        assert not any(status.rounds for node in s.nodes for status in node.peers.snapshot())
+
+
+async def test_a_bug_that_comes_again_and_again_ends_a_round_too(
+    bugs: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for the round hears that it is over, whatever else cannot be done."""
+    async with swarm(3) as s:
+        begin = s.begin()
+        session = s.join(2, begin)
+        monkeypatch.setattr(session, "_perform", lambda: 1 / 0)
+        await s.run(begin)
+        assert session.finished.is_set()
+        assert session.gone.is_set()
+        assert not s.results[2].success
+        s.expect_success(0, 1)
