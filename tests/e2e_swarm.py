@@ -250,6 +250,10 @@ class Background(Generic[T]):
         """Return the result, or raise what the job raised."""
         return self._future.result(2 * STEP_S)
 
+    def wait(self) -> T:
+        """Like `join`, for as long as it takes."""
+        return self._future.result()
+
 
 @contextlib.contextmanager
 def averagers(
