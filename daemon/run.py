@@ -97,7 +97,11 @@ class _Ask:
     seat: TrainerSeat
     request: Step
     answered: trio.Event = field(default_factory=trio.Event)
-    answer: Stepped = field(default_factory=lambda: Stepped(0, averaged=False, reason=""))
+    answer: Stepped = field(init=False)
+
+    def __post_init__(self) -> None:
+        reason = f"kept the old values: {UNEXPECTED}; the others may have averaged"
+        self.answer = Stepped(self.request.seq, averaged=False, reason=reason)  # unless there is a better one
 
 
 @dataclass
@@ -194,6 +198,7 @@ class Run:
 
     async def serve(self) -> None:
         """Do the steps that trainers ask for, until cancelled."""
+        self._answer_all(None)  # whom an unexpected end of the last time has left waiting
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self.lobby.serve)
@@ -218,9 +223,14 @@ class Run:
                 report("step", error)
                 tally.failures.append(UNEXPECTED)
                 tally.vector = None  # it may be the very thing that is broken
+        self._answer_all(tally)
+
+    def _answer_all(self, tally: _Tally | None) -> None:
+        """Tell every trainer of the step how it went; without a `tally`, that nobody knows."""
         for ask in self._current:
-            with contained("step"):
-                ask.answer = self._answer(ask, tally)
+            if tally is not None:
+                with contained("step"):
+                    ask.answer = self._answer(ask, tally)
             ask.answered.set()
         self._current, self._scope = [], None
         self.idle.set()

@@ -190,7 +190,7 @@ def test_a_reset_ends_every_connection_and_no_listener(pair: tuple[socket.socket
 def test_in_a_black_hole_nothing_arrives_and_nothing_is_closed(pair: tuple[socket.socket, socket.socket]) -> None:
     near, far = pair
     n_descriptors = len(os.listdir("/proc/self/fd"))
-    before = threading.active_count()
+    before = set(threading.enumerate())
     arm(f"send:1:hole:{HOLE_S}")
     strike("send")
     assert is_cut_off()
@@ -200,8 +200,8 @@ def test_in_a_black_hole_nothing_arrives_and_nothing_is_closed(pair: tuple[socke
     assert far.recv(10) == b"hello"
     assert not is_cut_off()
     assert not near.getblocking()  # the copies have not changed what is shared with them
-    while threading.active_count() > before:  # the one that has ended the hole
-        time.sleep(0.001)
+    for thread in set(threading.enumerate()) - before:  # the one that has ended the hole
+        thread.join(5.0)
     assert len(os.listdir("/proc/self/fd")) == n_descriptors
 
 

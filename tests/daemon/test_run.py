@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import trio
+import trio.lowlevel
 from fake_peers import FakeDaemon, Swarm, peer, specs, terms
 from trio.testing import MockClock
 
 from mpd.config import RoundLimits
 from mpd.control import OUT_HEADER_BYTES, Attach, Query, Step, Stepped
 from mpd.daemon import run as run_module
+from mpd.daemon.containment import supervise
 from mpd.daemon.memory import OutRegion, Region
 from mpd.daemon.run import Run, TrainerSeat
 from mpd.daemon.sessions import RoundResult
@@ -472,14 +474,22 @@ class Script:
         return set(np.frombuffer(self.run.out.view, np.float32).tolist())
 
 
-def script(nursery: trio.Nursery, d: int, groups: str, *outcomes: "float | str", rounds: int | str = "exact") -> Script:
+def script(
+    nursery: trio.Nursery,
+    d: int,
+    groups: str,
+    *outcomes: "float | str",
+    rounds: int | str = "exact",
+    is_served: bool = True,
+) -> Script:
     lobby, sessions = ScriptedLobby(d, groups), ScriptedSessions(list(outcomes))
     run_terms = terms(16, rounds, specs(N_ELEMS))
     out = OutRegion(run_terms.layout.n_bytes)
     run = Run("run", run_terms, lobby, sessions, RoundLimits(), out)  # type: ignore[arg-type]
     seat = run.sit("trainer", Region(N_ELEMS * 4))
     np.frombuffer(seat.in_region.view, np.float32)[:] = 100.0
-    nursery.start_soon(run.serve)
+    if is_served:
+        nursery.start_soon(run.serve)
     return Script(run, lobby, sessions, seat)
 
 
@@ -827,3 +837,29 @@ async def test_a_bug_while_a_result_is_published_leaves_the_old_one(
     assert bugs == {"step": 1}
     monkeypatch.setattr(case.run.out, "publish", publish)
     assert (await case.step()).generation == 2
+
+
+async def test_a_bug_beside_a_step_is_answered_and_the_run_goes_on(
+    nursery: trio.Nursery, autojump_clock: MockClock, bugs: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = script(nursery, 1, "+", 3.0, rounds=1, is_served=False)
+    form, serve = case.lobby.form, case.lobby.serve
+
+    async def wait_for_others(standing: Callable[[Cell], Standing], deadline: float) -> Any:
+        await trio.sleep_forever()
+
+    async def fail() -> None:
+        await trio.sleep(1)
+        monkeypatch.setattr(case.lobby, "form", form)
+        monkeypatch.setattr(case.lobby, "serve", serve)
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(case.lobby, "form", wait_for_others)
+    monkeypatch.setattr(case.lobby, "serve", fail)
+    nursery.start_soon(supervise, "run", case.run.serve)
+    await trio.lowlevel.checkpoint()
+    failed = await case.step()
+    assert (failed.seq, failed.averaged) == (1, False)
+    assert "unexpected error" in failed.reason
+    assert bugs == {"run": 1}
+    assert (await case.step()).averaged

@@ -123,7 +123,7 @@ def shard_of(own: Arena, victim: int) -> tuple[int, int]:
     group = own.daemons[survivor].connect().rounds(own.run)[-1]["group"]
     places = {peer: place for place, peer in enumerate(group)}
     shares = [0.0 if peer == own.daemons[OUTBOUND].peer else 1.0 for peer in group]
-    plan = chunks((Segment("float32", 0, VECTOR_BYTES),), shares, 128 * 1024)
+    plan = chunks((Segment("float32", 0, VECTOR_BYTES // 4),), shares, 128 * 1024)
     shard = [chunk for chunk in plan if chunk.owner == places[own.daemons[victim].peer]]
     everybody = np.float32(sum(2.0**i for i in range(N_PEERS)) / N_PEERS)
     values = own.vectors[survivor]

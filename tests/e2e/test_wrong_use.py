@@ -119,6 +119,11 @@ def test_a_key_that_is_none(swarm: Swarm) -> None:
     assert (state_dir / "key.pem").read_text() == "not a key"
 
 
+def test_a_fault_to_arm_that_is_none(swarm: Swarm) -> None:
+    sentence = refused_join(swarm, "--fault", "sned:1:kill")
+    assert "'sned:1:kill' names no point of the protocol: announce, seek, " in sentence
+
+
 def test_a_socket_path_that_is_too_long(swarm: Swarm) -> None:
     path = swarm.home / ("long" * 30)
     assert "--socket" in refused_join(swarm, "--socket", path)
