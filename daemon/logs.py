@@ -10,6 +10,11 @@ class _OneLine(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         return "".join(c if c.isprintable() else "?" for c in super().formatMessage(record))
 
+    def format(self, record: logging.LogRecord) -> str:
+        """A traceback keeps its lines, each behind a bar, because an exception may quote a peer too."""
+        first, *more = super().format(record).split("\n")
+        return "\n".join([first, *("| " + "".join(c if c.isprintable() else "?" for c in line) for line in more)])
+
 
 def setup(verbose: bool) -> None:
     """Send the log to stderr; with `verbose`, everything."""

@@ -290,6 +290,12 @@ def test_join_has_the_documented_defaults(joined: list[DaemonConfig], tmp_path: 
     assert joined == [DaemonConfig(tmp_path / "runtime/mpd/mpd.sock", tmp_path / "state/mpd", NetConfig())]
 
 
+def test_join_takes_what_is_to_go_wrong_from_the_environment(joined: list[DaemonConfig]) -> None:
+    assert run("join", MPD_FAULT="send:3:kill").exit_code == 0
+    assert joined[0].faults == "send:3:kill"
+    assert "--fault" not in run("join", "--help").output
+
+
 def test_join_keeps_its_state_at_home(joined: list[DaemonConfig]) -> None:
     assert run("join", XDG_STATE_HOME="", HOME="/home/someone").exit_code == 0
     assert joined[0].state_dir == Path("/home/someone/.local/state/mpd")

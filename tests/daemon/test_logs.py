@@ -59,8 +59,18 @@ def test_a_traceback_keeps_its_lines() -> None:
             logging.getLogger("mpd").debug("in full:", exc_info=True)
     lines = err.getvalue().splitlines()
     assert lines[0].endswith("in full:")
-    assert lines[1] == "Traceback (most recent call last):"
-    assert lines[-1] == "ZeroDivisionError: by zero"
+    assert lines[1] == "| Traceback (most recent call last):"
+    assert lines[-1] == "| ZeroDivisionError: by zero"
+
+
+def test_what_an_exception_quotes_of_a_peer_begins_no_line_and_commands_no_terminal() -> None:
+    with logging_as_the_daemon_does(verbose=False) as err:
+        try:
+            raise ValueError("it said bye\n2026-01-01 00:00:00 ERROR the disk is full\x1b[2J")
+        except ValueError:
+            logging.getLogger("mpd").exception("unexpected")
+    assert "| 2026-01-01 00:00:00 ERROR the disk is full?[2J" in err.getvalue().splitlines()
+    assert all(line.startswith("| ") for line in err.getvalue().splitlines()[1:])
 
 
 def test_a_line_that_cannot_be_written_is_lost_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

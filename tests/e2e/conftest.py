@@ -19,8 +19,9 @@ def swarm() -> Iterator[Swarm]:
 
 @pytest.fixture(autouse=True)
 def logs(swarm: Swarm) -> Iterator[None]:
-    """Have pytest show the daemons' logs, if it shows anything."""
+    """Have pytest show the daemons' logs, if it shows anything; they must tell of no bug that was contained."""
     for daemon in swarm.daemons:
         daemon.mark_log()
     yield
     sys.stderr.write(swarm.log())
+    assert "an unexpected error cost" not in swarm.log()
