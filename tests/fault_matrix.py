@@ -106,7 +106,7 @@ class Arena:
         self._orders = [swarm.home / f"d{i}.faults" for i in range(N_PEERS)]
         self.run = new_run()
         self.vectors = [np.zeros(VECTOR_BYTES // 4, np.float32) for _ in range(N_PEERS)]
-        self.averagers: list[Averager] = []
+        self._averagers: dict[int, Averager] = {}
         self._n_cells = 0
 
     def start(self) -> None:
@@ -119,7 +119,7 @@ class Arena:
             self.swarm.new("--fault", f"@{self._orders[i]}", "--bootstrap", first.listen, *outbound).start()
         for daemon in self.daemons:
             daemon.wait_ready()
-        self.averagers = [self._attach(i) for i in range(N_PEERS)]
+        self._averagers = {i: self._attach(i) for i in range(N_PEERS)}
         wait_for_company(self.daemons, self.run)
         self._make_whole(set())
 
@@ -129,8 +129,8 @@ class Arena:
 
     def close(self) -> None:
         """Detach the trainers."""
-        for averager in self.averagers:
-            averager.close()
+        for i in range(N_PEERS):
+            self._detach(i)
 
     # ----------------------------------------------------------------------------------------------------- one cell
 
@@ -145,36 +145,41 @@ class Arena:
         for daemon in self.daemons:
             daemon.mark_log()
         self._fill()
-        begin_victim = self._prepare(cell, victim)
+        self._prepare(cell, victim)
         if spare is not None:
             self._order(spare, "return:1:kill")
         steps: dict[int, Background[_Step]] = {}
-        order = [first, *(i for i in range(N_PEERS) if i != first)]
-        for i in order:
-            steps[i] = Background(begin_victim if i == victim else lambda i=i: self._step(i))
-            if i == first and not (i == victim and cell.point in UNLINKED):
-                eventually(
-                    lambda: self.daemons[first].is_waiting(self.run) or steps[first].is_done(),
-                    "the first one waits for others",
-                    self.swarm.log,
-                )
-        dead = {i for i in (victim if cell.action == "kill" else None, spare) if i is not None}
+
+        def begin(i: int, has_begun: Callable[[], bool], what: str) -> None:
+            steps[i] = Background(lambda: self._step(i))
+            eventually(lambda: has_begun() or steps[i].is_done(), what, self.swarm.log)
+
+        if cell.point in UNLINKED:
+            begin(victim, lambda: self._has_struck(cell, victim), "the victim has its accident")
+        else:
+            begin(first, lambda: self.daemons[first].is_waiting(self.run), "the first one waits for others")
+        for i in range(N_PEERS):
+            if i not in steps:
+                begin(i, lambda: True, "")
         survivors = [i for i in range(N_PEERS) if i not in (victim, spare)]
         done = {i: steps[i].join() for i in survivors}
-        result.struck = f"fault: {cell.spec}" in self.daemons[victim].log()
         if cell.action == "freeze":
-            self.daemons[victim].send(signal.SIGCONT)
+            eventually(lambda: self._thaw(victim) or steps[victim].is_done(), "the victim goes on", self.swarm.log)
         own = steps[victim].join()
-        for i in dead if result.struck else dead - {victim}:
+        result.struck = self._has_struck(cell, victim)
+        dead = {victim} if cell.action == "kill" and result.struck else set()
+        dead |= {spare} if spare is not None else set()
+        for i in dead:
             self.daemons[i].wait()
         self._judge(result, done, own, victim)
         if result.struck is bool(cell.is_impossible):
             result.objections.append(f"struck: {result.struck}, impossible: {cell.is_impossible or 'no'}")
         for i in range(N_PEERS):
             self._order(i, "")
-            died = not self.daemons[i].is_running()
-            if died and not (i in dead and (i != victim or result.struck)):
+            if i not in dead and not self.daemons[i].is_running():
                 result.objections.append(f"daemon {i} has ended")
+        if cell.action == "freeze":
+            self._thaw(victim)  # in case it has struck later than anybody could see
         began = time.monotonic()
         self._make_whole(dead, result)
         result.account += self.swarm.log()
@@ -183,9 +188,8 @@ class Arena:
 
     def calm_round(self) -> list[Outcome]:
         """Let everybody step while nothing goes wrong; return the outcomes."""
-        self._fill()
-        steps = [step.join() for step in [Background(lambda i=i: self._step(i)) for i in range(N_PEERS)]]
-        assert all(step.outcome is not None and len(step.outcome.contributors) == N_PEERS for step in steps), steps
+        steps = self._step_all()
+        assert all(step.is_whole for step in steps), steps
         return [step.outcome for step in steps if step.outcome is not None]
 
     def kill_at_return(self, victim: int, turn: int) -> tuple[Result, list[Outcome]]:
@@ -194,10 +198,8 @@ class Arena:
         The values that the step has left stay until the next one; daemons are revived by `mend`.
         """
         result = Result(Cell("return", "reducer", "kill"))
-        self._fill()
         self._order(victim, f"return:{turn}:kill")
-        steps = [Background(lambda i=i: self._step(i)) for i in range(N_PEERS)]
-        done = {i: step.join() for i, step in enumerate(steps)}
+        done = dict(enumerate(self._step_all()))
         self.daemons[victim].wait()
         own = done.pop(victim)
         self._judge(result, done, own, victim)
@@ -208,27 +210,22 @@ class Arena:
         self._order(victim, "")
         self._make_whole({victim})
 
-    def _prepare(self, cell: Cell, victim: int) -> "Callable[[], _Step]":
-        """Arm the victim; return what its trainer does."""
+    def _prepare(self, cell: Cell, victim: int) -> None:
+        """Arm the victim, and detach its trainer if the point is one of its first moments."""
         daemon = self.daemons[victim]
-        if cell.point not in UNLINKED:
-            self._order(victim, cell.spec)
-            return lambda: self._step(victim)
-        self.averagers[victim].close()
+        if cell.point in UNLINKED:
+            self._detach(victim)
         if cell.point == "handshake":  # its links have to be made anew
             daemon.kill()
             daemon.start().wait_ready()
             daemon.mark_log()
         self._order(victim, cell.spec)
-        return lambda: self._attach_and_step(victim)
 
-    def _attach_and_step(self, i: int) -> "_Step":
-        began = time.monotonic()
-        try:
-            self.averagers[i] = self._attach(i)
-        except DaemonUnavailable as error:
-            return _Step(None, time.monotonic() - began, str(error))
-        return self._step(i)
+    def _has_struck(self, cell: Cell, victim: int) -> bool:
+        return f"fault: {cell.spec}" in self.daemons[victim].log()
+
+    def _thaw(self, victim: int) -> None:
+        self.daemons[victim].send(signal.SIGCONT)
 
     def _judge(self, result: Result, done: "dict[int, _Step]", own: "_Step", victim: int) -> None:
         """Note whatever is not as it must be."""
@@ -286,35 +283,40 @@ class Arena:
     def _attach(self, i: int) -> Averager:
         return self.daemons[i].connect().averager(self.run, {"x": self.vectors[i]})
 
+    def _detach(self, i: int) -> None:
+        if (averager := self._averagers.pop(i, None)) is not None:
+            averager.close()
+
     def _step(self, i: int) -> "_Step":
+        """Let trainer `i` step, which attaches first if it has to."""
         began = time.monotonic()
         try:
-            outcome = self.averagers[i].step(timeout=DEADLINE_S)
+            if i not in self._averagers:
+                self._averagers[i] = self._attach(i)
+            outcome = self._averagers[i].step(timeout=DEADLINE_S)
         except DaemonUnavailable as error:
+            self._detach(i)
             return _Step(None, time.monotonic() - began, str(error))
         return _Step(outcome, time.monotonic() - began, "")
+
+    def _step_all(self) -> "list[_Step]":
+        self._fill()
+        return [step.join() for step in [Background(lambda i=i: self._step(i)) for i in range(N_PEERS)]]
 
     def _make_whole(self, dead: set[int], result: Result | None = None) -> None:
         """Start again whoever died, and step until everybody stands in one result."""
         self.swarm.revive()
         for i in dead:
-            self.averagers[i].close()
+            self._detach(i)
         deadline = time.monotonic() + _WHOLE_AGAIN_S
-        while True:
-            for i in range(N_PEERS):
-                if not self.averagers[i]._attachment.is_open:
-                    self.averagers[i].close()
-                    self.averagers[i] = self._attach(i)
-            self._fill()
-            steps = [Background(lambda i=i: self._step(i)) for i in range(N_PEERS)]
-            outcomes = [step.join().outcome for step in steps]
-            if all(outcome is not None and len(outcome.contributors) == N_PEERS for outcome in outcomes):
-                return
+        steps = self._step_all()
+        while not all(step.is_whole for step in steps):
             if time.monotonic() > deadline:
-                message = f"not whole again: {[outcome and outcome.reason for outcome in outcomes]}"
+                message = f"not whole again: {steps}"
                 assert result is not None, f"{message}\n{self.swarm.log()}"
                 result.objections.append(message)
                 return
+            steps = self._step_all()
 
 
 @dataclass(frozen=True)
@@ -324,6 +326,11 @@ class _Step:
     outcome: Outcome | None
     seconds: float
     error: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everybody stands in its result."""
+        return self.outcome is not None and len(self.outcome.contributors) == N_PEERS
 
 
 @contextlib.contextmanager
