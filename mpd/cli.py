@@ -86,7 +86,14 @@ cli.add_command(swarm)
 @SOCKET
 @STATE_DIR
 @click.option("-v", "--verbose", is_flag=True, help="Log everything, tracebacks included.")
-@click.option("--fault", "faults", default="", envvar="MPD_FAULT", hidden=True)
+@click.option(
+    "--fault",
+    "faults",
+    default="",
+    metavar="POINT:TURN:ACTION",
+    envvar="MPD_FAULT",
+    help="Fail on purpose at a point of the protocol, for tests of what becomes of the others.",
+)
 def join(
     bootstrap: tuple[Endpoint, ...],
     listen: Endpoint,

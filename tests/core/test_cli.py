@@ -293,7 +293,6 @@ def test_join_has_the_documented_defaults(joined: list[DaemonConfig], tmp_path: 
 def test_join_takes_what_is_to_go_wrong_from_the_environment(joined: list[DaemonConfig]) -> None:
     assert run("join", MPD_FAULT="send:3:kill").exit_code == 0
     assert joined[0].faults == "send:3:kill"
-    assert "--fault" not in run("join", "--help").output
 
 
 def test_join_keeps_its_state_at_home(joined: list[DaemonConfig]) -> None:
