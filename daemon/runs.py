@@ -37,6 +37,7 @@ from mpd.messages import (
 from mpd.wire import Header
 
 from .containment import confine, supervise
+from .dial_back import DialBacks
 from .links import Landing, Link
 from .lobby import Lobby, LobbyServices
 from .memory import OutRegion, Region
@@ -203,6 +204,7 @@ class Switchboard:
     news: NewsDesk
 
     def __init__(self, nursery: trio.Nursery, say: Callable[[str], None]) -> None:
+        self.dial_backs = DialBacks()
         self._nursery = nursery
         self._say = say
 
@@ -211,11 +213,12 @@ class Switchboard:
         self._say(f"linked to {show_peer(link.peer)}")
         self.news.on_link_up(link, link.news)
         if self.peers.endpoint.port and not self.peers.is_reachable:
-            link.send(DialBack(self.peers.endpoint.port))
+            self.dial_backs.ask(link, self.peers.endpoint.port)
 
     def on_link_down(self, link: Link, reason: str) -> None:
         """A link has ended: rounds and runs lose the peer, unless it has called again already."""
         self._say(f"link to {show_peer(link.peer)} ended: {reason}")
+        self.dial_backs.forget(link)
         self.sessions.on_link_down(link, reason)
         if self.peers.get(link.peer) in (None, link):
             self.runs.on_gone(link.peer, reason)
@@ -249,6 +252,7 @@ class Switchboard:
             case DialBack():
                 self._nursery.start_soon(confine, "dial-back", self._dial_back, link, message)
             case DialledBack():
+                self.dial_backs.on_answer(link, message)
                 self._on_dialled_back(message)
             case News():
                 self.news.on_news(link, message)

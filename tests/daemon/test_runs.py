@@ -451,14 +451,29 @@ async def test_a_daemon_that_does_not_know_whether_it_can_be_dialled_asks(
     assert any("reachable from outside" in line for line in one.heard)
 
 
+async def pass_over(*of_no_interest: Any) -> None:
+    pass
+
+
 @pytest.mark.parametrize(("reached", "says"), [(True, "reachable from outside at"), (False, "not reachable")])
 async def test_the_answer_to_a_dial_back_is_believed(
     reached: bool, says: str, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    one, _, there, _ = await linked(nursery)
+    one, other, there, _ = await linked(nursery)
     one.peers.is_reachable = False
+    other.switchboard._dial_back = pass_over  # type: ignore[method-assign]  # the daemon there says nothing itself
+    one.switchboard.dial_backs.ask(there.far, 4747)
     there.send(DialledBack(reached, "evil.example"))
     await pass_time(0.1)
     assert one.peers.is_reachable is reached
     assert one.heard[-1].startswith(says)
     assert "evil" not in one.heard[-1]
+
+
+async def test_an_answer_that_nobody_asked_for_ends_the_link(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    one, _, there, _ = await linked(nursery)
+    one.peers.is_reachable = False
+    there.send(DialledBack(True, "evil.example"))
+    await pass_time(0.1)
+    assert not one.peers.is_reachable
+    assert "which nobody had asked" in there.reason
