@@ -263,6 +263,7 @@ class Run:
         deadline = tally.began + min(ask.request.timeout_s for ask in self._current)
         await self._renew_out()
         vector, weight = await self._gather()
+        await trio.lowlevel.checkpoint_if_cancelled()  # a thread did that, and the run may have ended meanwhile
         is_exact = self.terms.rounds == "exact"
         standing: Standing | None = None
         if is_exact:

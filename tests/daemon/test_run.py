@@ -863,3 +863,25 @@ async def test_a_bug_beside_a_step_is_answered_and_the_run_goes_on(
     assert "unexpected error" in failed.reason
     assert bugs == {"run": 1}
     assert (await case.step()).averaged
+
+
+async def test_a_daemon_may_end_while_its_trainers_are_averaged_first(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is done by a thread, which nothing can interrupt; the step must not go on afterwards."""
+
+    async def run_sync(function: Callable[..., Any], *args: Any) -> Any:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(1.0)
+        return function(*args)
+
+    async with trio.open_nursery() as nursery:
+        hosts = await daemons(Swarm(nursery), 2)
+        trainers = [await attach(hosts[0], "a"), await attach(hosts[0], "b"), await attach(hosts[1])]
+        await trio.sleep(2 * WINDOW_S)
+        monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+        for trainer in trainers[:2]:
+            nursery.start_soon(trainer.step, 1.0)
+        await trio.sleep(0.5)
+        nursery.cancel_scope.cancel()
+    assert nursery.cancel_scope.cancelled_caught
