@@ -102,6 +102,7 @@ class Link:
         self._needed = trio.Event()  # replaced by a new one before each wait
         self.patience_s = 2.0  # how long it may be silent while it is watched
         self.repairs_left = MAX_REPAIRS  # how often its data connection may still be replaced
+        self.repair_cause = ""  # why it was replaced last
         self.bad_records = 0  # that did not open, or could not be right
         self.goodput = 0.0  # bytes per second while records arrive, smoothed
         self.reason = ""
@@ -442,6 +443,7 @@ class Link:
                 if not self.repairs_left:
                     raise PeerError(f"its data connection failed {MAX_REPAIRS + 1} times, at last because {cause}")
                 self.repairs_left -= 1
+                self.repair_cause = cause
                 if self._sealing.is_initiator:
                     await trio.sleep(BACK_OFF_S[MAX_REPAIRS - 1 - self.repairs_left])
             is_free = False

@@ -128,6 +128,21 @@ class Lobby:
         """Peers that use this run's name with other terms: the first difference."""
         return self._strangers.differences
 
+    @property
+    def absences(self) -> dict[PeerId, str]:
+        """Peers of this run that went, or could not be reached, in the last moments: why."""
+        return self._contacts.absences
+
+    @property
+    def overlooked(self) -> list[PeerId]:
+        """Whom we knew to stand where the last group began, and who is neither in it nor named as left out."""
+        post = self._begun
+        verdict = post.matchmaker.verdict if post is not None else None
+        if post is None or not isinstance(verdict, Begun) or verdict.leader:
+            return []
+        named = {member.peer for member in verdict.begin.members} | set(verdict.begin.left_out)
+        return sorted(peer for peer in post.company if peer not in named)
+
     # ------------------------------------------------------------------------------------------------------- lifetime
 
     async def serve(self) -> None:

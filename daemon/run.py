@@ -7,11 +7,8 @@ the result of the last good one stands. Nothing is written to a region that some
 """
 
 import itertools
-import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import trio
 
@@ -31,12 +28,11 @@ from mpd.schedule import chunks
 
 from . import faults
 from .containment import UNEXPECTED, contained, report
+from .history import History, left_out
 from .lobby import Lobby
 from .memory import OutRegion, Region, give_up, private
-from .sessions import RoundResult, RoundSession, Sessions
+from .sessions import RoundSession, Sessions
 from .vault import RegionVault
-
-HISTORY_ROUNDS = 1000
 
 
 class TrainerSeat:
@@ -116,6 +112,7 @@ class _Tally:
     contributors: tuple[PeerId, ...] = ()
     confirmed: tuple[PeerId, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
+    trainers: dict[str, str] = field(default_factory=dict)  # of this machine, that had not asked: part of `missing`
     rounds: int = 0
     failures: list[str] = field(default_factory=list)
     met: bool = False  # a group began, so others may have averaged although we did not
@@ -139,7 +136,7 @@ class Run:
         self.seats: list[TrainerSeat] = []
         self.readers: set[TrainerSeat] = set()  # who may still copy from the out region
         self.rounds = 0
-        self.history: deque[dict[str, Any]] = deque(maxlen=HISTORY_ROUNDS)
+        self.history = History(name)
         self.vanished: Callable[[], None] = lambda: None
         self.idle = trio.Event()  # replaced by a new one for the length of each step
         self.idle.set()
@@ -151,6 +148,7 @@ class Run:
         self._asked = trio.Event()
         self._current: list[_Ask] = []
         self._scope: trio.CancelScope | None = None
+        self._session: RoundSession | None = None  # the round that the step in progress waits for
         self._spare: memoryview | None = None  # between the rounds of an exact cycle
         self._gathered: memoryview | None = None  # where several trainers are averaged first
         self._lingering: list[tuple[memoryview, RoundSession]] = []
@@ -209,7 +207,7 @@ class Run:
 
     async def _step(self) -> None:
         self.idle = trio.Event()
-        tally = _Tally(began=trio.current_time())
+        tally, n_before = _Tally(began=trio.current_time()), self.history.n_added
         with trio.CancelScope() as self._scope:
             try:
                 await self._collect(tally)
@@ -219,10 +217,14 @@ class Run:
                     self._publish(tally.vector)
             except (RoundFailed, LocalError) as error:
                 tally.failures.append(str(error))
+                self._remember_step(tally, str(error), tally.missing)
             except Exception as error:  # noqa: BLE001  # a bug costs the step
                 report("step", error)
                 tally.failures.append(UNEXPECTED)
                 tally.vector = None  # it may be the very thing that is broken
+                self._remember_step(tally, UNEXPECTED, tally.missing)
+        if self._scope.cancelled_caught and self.history.n_added == n_before:
+            self._remember_step(tally, "cancelled by the trainer", tally.missing)
         self._answer_all(tally)
 
     def _answer_all(self, tally: _Tally | None) -> None:
@@ -244,7 +246,8 @@ class Run:
         asked = {ask.seat for ask in self._current}
         for seat in self.seats:
             if seat not in asked:
-                tally.missing[f"trainer {seat.label}"] = "had not asked for a step when the window ended"
+                tally.trainers[f"trainer {seat.label}"] = "had not asked for a step when the window ended"
+        tally.missing.update(tally.trainers)
 
     async def _gather(self) -> tuple[memoryview, float]:
         """Return one vector and its weight for all trainers that asked."""
@@ -282,20 +285,26 @@ class Run:
             where = "" if n_rounds == 1 else f"round {n_rounds - n_left} of {n_rounds}: "
             if isinstance(verdict, Alone):
                 tally.failures.append(where + verdict.reason)
-                tally.missing.update((show_peer(peer), why) for peer, why in verdict.missing.items())
+                missing = {show_peer(peer): why for peer, why in verdict.missing.items()}
+                tally.missing.update(missing)
+                self._remember_step(tally, where + verdict.reason, {**tally.trainers, **missing})
             else:
                 best = tally.vector if tally.vector is not None else vector
                 begins_cycle = verdict.begin.number % n_rounds == 0
+                absent = {**tally.trainers, **left_out(verdict, self.lobby.overlooked)}
                 target = await self._target(verdict.begin, best, n_left)
-                session = await self._exchange(verdict.begin, vector if begins_cycle else best, target, deadline)
+                source = vector if begins_cycle else best
+                session = await self._exchange(verdict.begin, source, target, deadline, absent)
                 if standing is None or begins_cycle:
                     standing = enter(weight, self.lobby.last_cell)
-                standing = self._account(tally, session, standing, where)
+                standing = self._account(tally, session, standing, where, absent)
             if not n_left or turn == n_rounds:
                 break
 
-    async def _exchange(self, begin: Begin, source: memoryview, target: memoryview, deadline: float) -> RoundSession:
-        """Run one round from `source` to `target`; return its session, finished."""
+    async def _exchange(
+        self, begin: Begin, source: memoryview, target: memoryview, deadline: float, absent: dict[str, str]
+    ) -> RoundSession:
+        """Run one round from `source` to `target`; return its session, finished. A cancelled one names `absent`."""
         assert self._nursery is not None
         members = begin.members
         plan = chunks(self.terms.layout.segments, [member.fraction for member in members], begin.chunk_bytes)
@@ -308,11 +317,15 @@ class Run:
         session = self._sessions.begin(begin, me, vault, deadline, progress_s, pace.patience(others))
         self._lingering.append((target, session))
         self._nursery.start_soon(self._carry, session)
+        self._session = session
         try:
             await session.finished.wait()
         except trio.Cancelled:
             session.cancel("cancelled by the trainer")
+            self.history.add_round(session, session.result(), absent)
             raise
+        finally:
+            self._session = None
         return session
 
     async def _carry(self, session: RoundSession) -> None:
@@ -346,17 +359,19 @@ class Run:
             if other is view:
                 session.cancel("the memory of this round is needed for the next one")
 
-    def _account(self, tally: _Tally, session: RoundSession, standing: Standing, where: str) -> Standing | None:
-        """Add a finished round to the tally; return this peer's standing in the next one."""
+    def _account(
+        self, tally: _Tally, session: RoundSession, standing: Standing, where: str, absent: dict[str, str]
+    ) -> Standing | None:
+        """Add a finished round, from which `absent` were missing, to the tally; return our standing in the next one."""
         begin, result = session.begin, session.result()
         self.lobby.pace.note_round(trio.current_time(), session.reports())
         tally.met = True
         tally.bytes_sent += result.bytes_sent
         tally.bytes_received += result.bytes_received
         tally.peers.update(dict.fromkeys(session.members))
-        tally.missing.update((show_peer(peer), why) for peer, why in begin.left_out.items())
+        tally.missing.update(absent)
         tally.missing.update((show_peer(session.members[i]), why) for i, why in result.missing.items())
-        self._remember(session, result)
+        self.history.add_round(session, result, absent)
         if not result.success:
             tally.failures.append(where + result.reason)
             self.lobby.fall_back()
@@ -381,24 +396,25 @@ class Run:
             return None
         return after(standing, session.me, shares, result.contributors, begin.round_id, record.n_peers)
 
-    def _remember(self, session: RoundSession, result: RoundResult) -> None:
-        names = [show_peer(peer) for peer in session.members]
-        self.history.append(
-            {
-                "run": self.name,
-                "number": session.begin.number,
-                "round_id": session.round_id.hex(),
-                "averaged": result.success,
-                "group": names,
-                "contributors": [names[i] for i in members_of(result.contributors)],
-                "missing": {names[i]: why for i, why in result.missing.items()},
-                "seconds": round(result.seconds, 6),
-                "bytes_sent": result.bytes_sent,
-                "bytes_received": result.bytes_received,
-                "reason": result.reason,
-                "at": time.time(),
-            }
-        )
+    def _remember_step(self, tally: _Tally, reason: str, missing: dict[str, str]) -> None:
+        """Keep for `mpd rounds` that a step, or a round of it, came to no group."""
+        self.history.add_step(self.lobby.number, reason, missing, trio.current_time() - tally.began)
+
+    @property
+    def state(self) -> str:
+        """What the run does now, and what it waits for, in one sentence."""
+        if self.idle.is_set():
+            has_shape = self.lobby.record is not None
+            return "idle: no trainer has asked for a step" if has_shape else self.lobby.reason
+        if not self._current:
+            asked = {ask.seat for ask in self._asks}
+            late = [seat.label for seat in self.seats if seat not in asked]
+            return f"waiting for {len(late)} of {len(self.seats)} trainers of this machine to ask: {', '.join(late)}"
+        if self._session is None or self._session.finished.is_set():
+            return self.lobby.reason
+        n_others = len(self._session.members) - 1
+        others = f"{n_others} other peer{'s' * (n_others != 1)}"
+        return f"averaging with {others}, waiting for {self._session.exchange.waiting_for()}"
 
     # ---------------------------------------------------------------------------------------------------------- memory
 

@@ -38,13 +38,14 @@ from mpd.wire import Header
 
 from .containment import confine, supervise
 from .dial_back import DialBacks
+from .history import HISTORY_ROUNDS
 from .links import Landing, Link
 from .lobby import Lobby, LobbyServices
 from .memory import OutRegion, Region
 from .news import NewsDesk
 from .pace import describe
 from .peers import Peers
-from .run import HISTORY_ROUNDS, Run, TrainerSeat
+from .run import Run, TrainerSeat
 from .sessions import Sessions
 
 MAX_RUN_NAME_CHARS = 256
@@ -123,7 +124,7 @@ class Runs:
     def _end(self, run: Run, scope: trio.CancelScope) -> None:
         """The last trainer of `run` has gone: whoever attaches from now on begins afresh."""
         del self._runs[run.name]
-        self._past.extend(run.history)
+        self._past.extend(run.history.records)
         scope.cancel()
 
     def query(self, query: Query) -> str:
@@ -131,7 +132,7 @@ class Runs:
         if query.what == "status":
             return json.dumps({**self.status(), "runs": [self._describe(run) for run in self._runs.values()]})
         if query.what == "rounds":
-            known = [*self._past, *(record for run in self._runs.values() for record in run.history)]
+            known = [*self._past, *(record for run in self._runs.values() for record in run.history.records)]
             wanted = [record for record in known if query.run in ("", record["run"])]
             return json.dumps(sorted(wanted, key=lambda record: record["at"])[-query.last :] if query.last > 0 else [])
         if query.what == "peers":
@@ -173,7 +174,9 @@ class Runs:
             "rounds": run.rounds,
             "bytes": run.terms.layout.payload_bytes,
             "tensors": len(run.terms.layout.specs),
-            "state": lobby.reason,
+            "state": run.state,
+            "absent": {show_peer(peer): why for peer, why in lobby.absences.items()},
+            "last_imperfect": run.history.last_imperfect,
             "pace": describe(lobby.pace, lobby.company),
             "other_terms": {show_peer(peer): why for peer, why in lobby.differences.items()},
         }

@@ -43,6 +43,7 @@ from mpd.messages import (
     UnknownRound,
     Want,
 )
+from mpd.roll import name
 from mpd.wire import Header, Kind
 
 from . import faults
@@ -71,6 +72,8 @@ class RoundResult:
     seconds: float
     bytes_sent: int
     bytes_received: int
+    notes: tuple[str, ...] = ()  # what went otherwise than planned, and cost nobody its place
+    last_delivery: tuple[int, float] | None = None  # who delivered last, and how long after the round began
 
 
 class RoundSession:
@@ -94,6 +97,8 @@ class RoundSession:
         self._began = now
         self._seconds = 0.0
         self._bytes_sent_by_end = 0
+        self._notes: list[str] = []
+        self._last_delivery: tuple[int, float] | None = None
         self._peers = peers
         self._links: dict[int, Link] = {}
         self._waiting: dict[int, list[Any]] = {}  # what to send to members that are not linked yet
@@ -131,6 +136,8 @@ class RoundSession:
             seconds=self._seconds,
             bytes_sent=self._bytes_sent_by_end,
             bytes_received=self.bytes_received,
+            notes=tuple(self._notes),
+            last_delivery=self._last_delivery,
         )
 
     def reports(self) -> dict[PeerId, SenderReport]:
@@ -168,8 +175,18 @@ class RoundSession:
         if place is not None:
             self.feed(self.exchange.on_message, place, EXCHANGE.decode(body))
 
-    def on_lost(self, link: Link, reason: str) -> None:
-        """The link is over, or the member said goodbye to this round."""
+    def on_link_down(self, link: Link, reason: str) -> None:
+        """The link is over, and why."""
+        self._on_lost(link, f"its link ended {self._age_s():.1f} s into the round: {reason}")
+
+    def on_bye(self, link: Link) -> None:
+        """The member has left this round."""
+        self._on_lost(link, f"it left the round {self._age_s():.1f} s after it began")
+
+    def _age_s(self) -> float:
+        return trio.current_time() - self._began
+
+    def _on_lost(self, link: Link, reason: str) -> None:
         place = self.place_of(link.peer)
         if place is not None and self._links.get(place, link) is link:
             self._lose(place, reason)
@@ -177,7 +194,7 @@ class RoundSession:
     def landing(self, link: Link, header: Header) -> Landing | None:
         """Say where a record goes. Raises PeerError if it cannot be part of this round."""
         if header.kind is Kind.BYE:
-            return Notice(lambda: self.on_lost(link, "it left the round"))
+            return Notice(lambda: self.on_bye(link))
         place = self._place_on(link)
         if place is None or self.gone.is_set():
             return None
@@ -244,6 +261,7 @@ class RoundSession:
 
     def _finish(self, *, succeeded: bool) -> None:
         self._seconds = trio.current_time() - self._began
+        self._take_notes()
         self._bytes_sent_by_end = self.bytes_sent
         if succeeded:  # the others still get what this member owes them
             owed = (record.n_bytes() for link in self._links.values() for record in link.unsent(self))
@@ -308,6 +326,26 @@ class RoundSession:
             link.busy -= 1
             link.drop_shipments(self)
             link.detach(self)
+
+    def _take_notes(self) -> None:
+        """Note what had to be done twice, while it is still known."""
+        machine = self.exchange
+        if machine.last_delivery is not None:
+            place, at = machine.last_delivery
+            self._last_delivery = place, at - self._began
+        for owner, n_chunks in sorted(machine.redone.items()):
+            note = f"{n_chunks} of {len(self.vault.chunks)} chunks of {self._name(owner)} were reduced again by others"
+            why = machine.troubles.get(owner)
+            self._notes.append(f"{note}: {why}" if why else note)
+        for place, link in sorted(self._links.items()):
+            n_repairs = MAX_REPAIRS - link.repairs_left
+            if n_repairs:
+                times = "once" if n_repairs == 1 else f"{n_repairs} times"
+                to = f"the data connection to {self._name(place)}"
+                self._notes.append(f"{to} was replaced {times}: {link.repair_cause}")
+
+    def _name(self, place: int) -> str:
+        return "this machine" if place == self.me else name(self.members[place])
 
     def _let_go(self) -> None:
         """Make what is being sent independent of the memory: it goes back to its owner now."""
@@ -427,13 +465,13 @@ class Sessions:
         """Every round on that link has lost this member."""
         self._held.pop(link, None)
         for session in list(self._sessions.values()):
-            session.on_lost(link, reason)
+            session.on_link_down(link, reason)
 
     def _on_early_bye(self, link: Link, round_id: RoundId) -> None:
         """A goodbye to a round that is unknown here, or was when it began to arrive."""
         session = self._sessions.get(round_id)
         if session is not None:
-            session.on_lost(link, "it left the round")
+            session.on_bye(link)
         else:
             self._hold(link, _Held(round_id, None))
 
@@ -457,7 +495,7 @@ class Sessions:
     def _hand_in(self, session: RoundSession, link: Link, held: "_Held") -> None:
         try:
             if held.body is None:
-                session.on_lost(link, "it left the round")
+                session.on_bye(link)
             else:
                 session.on_message(link, held.body)
         except PeerError as error:

@@ -117,7 +117,8 @@ class Agreement:
         if self.accepted == epoch:
             dissenter = self._tally.dissenter(epoch, self._digest)
             if dissenter is not None:
-                raise RoundFailed(f"member {dissenter} holds something else under the same plan {epoch}")
+                self._group.blame(dissenter, "it says that it holds another result than this machine")
+                raise RoundFailed("another member says that it holds another result")
             if self.committed is None and self._is_quorum_done():
                 self.committed = epoch
 
@@ -144,7 +145,7 @@ class Agreement:
         if message.epoch > self.plan.epoch and self.committed is None:
             self._install(now, Plan(message.epoch, table, self._round.everyone, {}), may_open=False)
         elif table != self.plan.table:
-            raise PeerError(f"member {sender} commits to another table for {message.epoch} than the group agreed on")
+            raise PeerError(f"it commits to another table for {message.epoch} than the group agreed on")
         self._committers |= 1 << sender
         self.committed = message.epoch if self.committed is None else min(self.committed, message.epoch)
 
@@ -176,7 +177,7 @@ class Agreement:
         if message.granted:
             self.attempt.reports[sender] = read_report(self._round, sender, message)
         elif message.promised < message.epoch:
-            raise PeerError(f"member {sender} refuses epoch {message.epoch} after promising only {message.promised}")
+            raise PeerError(f"it refuses attempt {message.epoch} after promising only {message.promised}")
         else:
             self.attempt = None
             self.n_refused += 1
@@ -199,7 +200,7 @@ class Agreement:
         plan = read_plan(self._round, message)
         is_settled = plan.epoch == self.plan.epoch or (plan.epoch > self.plan.epoch and self.committed is not None)
         if is_settled and plan.table != self.plan.table:
-            raise PeerError(f"member {sender} sends another table for {plan.epoch} than the group agreed on")
+            raise PeerError(f"it sends another table for {plan.epoch} than the group agreed on")
         if self._may_install(plan.epoch):
             self._install(now, plan, may_open=True)
             # The coordinator has told everyone it is linked to; the members it did not reach may be linked to me.
@@ -232,4 +233,4 @@ class Agreement:
     def _check_coordinator(self, member: int, epoch: int) -> None:
         check_epoch(epoch)
         if self.coordinator_of(epoch) != member:
-            raise PeerError(f"epoch {epoch} belongs to member {self.coordinator_of(epoch)}, not to {member}")
+            raise PeerError(f"it makes attempt {epoch}, which is for another member to make")

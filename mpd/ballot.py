@@ -221,18 +221,18 @@ def write_promise(round_plan: RoundPlan, epoch: int, report: Report) -> Promise:
 def read_report(round_plan: RoundPlan, sender: int, message: Promise) -> Report:
     """Return the report in a granting `message`. Raises PeerError if it contradicts itself or the round."""
     if message.accepted >= message.epoch:
-        raise PeerError(f"member {sender} promises {message.epoch} after DONE for {message.accepted}")
+        raise PeerError(f"it promises {message.epoch} after DONE for {message.accepted}")
     table = read_table(round_plan, message.changes, message.epoch - 1)
     for bitmap in (message.held, message.opened):
         spare_bits = -round_plan.n_chunks % 8
         if len(bitmap) * 8 - spare_bits != round_plan.n_chunks or bitmap[-1] >> (8 - spare_bits):
-            raise PeerError(f"member {sender} sends a bitmap of {len(bitmap)} bytes for {round_plan.n_chunks} chunks")
+            raise PeerError(f"it sends a bitmap of {len(bitmap)} bytes for {round_plan.n_chunks} chunks")
     if any(has_bit(message.opened, chunk) and writer != sender for chunk, (_, writer) in enumerate(table)):
-        raise PeerError(f"member {sender} claims to be writing a chunk that its table gives to another member")
+        raise PeerError("it claims to be writing a chunk that its table gives to another member")
     return Report(message.accepted, table, message.held, message.opened)
 
 
 def check_epoch(epoch: int) -> None:
     """Raise PeerError unless `epoch` can be the number of a plan."""
     if not 0 <= epoch <= MAX_EPOCH:
-        raise PeerError(f"epoch {epoch}: 0 to {MAX_EPOCH} expected")
+        raise PeerError(f"attempt {epoch}: a number from 0 to {MAX_EPOCH} expected")

@@ -59,9 +59,9 @@ class Chunks:
         """True if this piece would be added. Raises PeerError if `sender` must not send it."""
         self._check(chunk, version)
         if not self._round.senders >> sender & 1:
-            raise PeerError(f"member {sender} weighs nothing in this round and sends a piece all the same")
+            raise PeerError("it weighs nothing in this round and sends a piece all the same")
         if version > self.plan.epoch or (version == 0 and self._round.owners[chunk] != self._round.me):
-            raise PeerError(f"member {sender} sends a piece of chunk {chunk}, version {version}, which I do not write")
+            raise PeerError(f"it sends a piece of chunk {chunk}, version {version}, which I do not write")
         return version == self.plan.table[chunk][0] and self.collector.lacks(chunk, sender)
 
     def add_piece(self, sender: int, chunk: int, payload: Any) -> None:
@@ -73,7 +73,7 @@ class Chunks:
         """Send my pieces again, for versions that `asker` redoes. Raises PeerError if that cannot be."""
         self._check_all(asker, chunks)
         if not self._me_sends or not all(version for _, version in chunks):
-            raise PeerError(f"member {asker} asks for pieces that I do not have")
+            raise PeerError("it asks for pieces that I do not have")
         self._group.actions.extend(SendPiece(asker, chunk, version) for chunk, version in chunks)
 
     def close_what_is_ready(self) -> None:
@@ -108,7 +108,7 @@ class Chunks:
         if version != self.plan.table[chunk][0] or version == self.versions[chunk]:
             return False
         if chunk in self.collector:
-            raise PeerError(f"member {sender} sends chunk {chunk}, version {version}, which I am still writing")
+            raise PeerError(f"it sends chunk {chunk}, version {version}, which I am still writing")
         return True
 
     def note_result(self, sender: int, chunk: int, version: int) -> None:
@@ -119,7 +119,7 @@ class Chunks:
     def check_contributors(self, contributors: int) -> None:
         """Raise PeerError unless `contributors` can be those of a chunk."""
         if not contributors or contributors & ~self._round.senders:
-            raise PeerError(f"contributors {contributors:#x}: a mask of members whose weight counts expected")
+            raise PeerError(f"contributors {contributors:#x}: members of this round whose weight counts expected")
 
     def store_result(self, chunk: int, version: int, contributors: int, payload: Any) -> None:
         """Store a wanted result. Raises PeerError if it is unusable; then the slot is empty."""

@@ -5,6 +5,8 @@ only from its first piece on, and the pieces of redone chunks are pulled a few c
 accumulators a window and not a second vector.
 """
 
+import functools
+import operator
 from typing import Any
 
 from mpd.rounds import RoundPlan, Vault
@@ -77,6 +79,10 @@ class Collector:
         self._begin(chunk)
         self._vault.add(chunk, sender, payload)
         self._added[chunk] |= 1 << sender
+
+    def awaited(self) -> int:
+        """Mask of the members whose pieces some open chunk still waits for."""
+        return functools.reduce(operator.or_, (self.expected & ~added for added in self._added.values()), 0)
 
     def is_ready(self, chunk: int) -> bool:
         """True if there is something to close and nobody left to wait for."""

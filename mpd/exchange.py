@@ -11,6 +11,7 @@ the same result, whatever happens to them or is believed about them.
 no socket. Whatever a peer sends is checked first and may only raise PeerError; the daemon then reports that peer lost.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -136,7 +137,9 @@ class Exchange:
     def on_tick(self, now: float) -> None:
         """`wakeup` has come."""
         if now >= self._round.deadline:
-            self.cancel(now, f"the round's time is over while it waits for {self.waiting_for()}")
+            waiting_for = self.waiting_for()
+            self._blame_whom_i_await()
+            self.cancel(now, f"the round's time is over while it waits for {waiting_for}")
         if self.ended is not None:
             return
         if now >= self._patrol_at:
@@ -223,8 +226,24 @@ class Exchange:
     def missing(self) -> dict[int, str]:
         """Who does not stand in every chunk, and why as far as is known here. Before success: who is in trouble."""
         if self.ended is not Ended.SUCCESS:
-            return dict(self._group.reasons)
+            return self.troubles
         return {member: self._why_missing(member) for member in members_of(self._round.everyone & ~self.contributors)}
+
+    @property
+    def troubles(self) -> dict[int, str]:
+        """What is known against each member, whether or not it is missing from the result."""
+        return dict(self._group.reasons)
+
+    @property
+    def redone(self) -> dict[int, int]:
+        """How many chunks of each member others have reduced in its place."""
+        pairs = zip(self._round.owners, self._chunks.plan.table, strict=True)
+        return dict(Counter(owner for owner, (_, writer) in pairs if writer != owner))
+
+    @property
+    def last_delivery(self) -> tuple[int, float] | None:
+        """Who delivered last, and when."""
+        return self._group.last_delivery
 
     def waiting_for(self) -> str:
         """Say in one sentence what this round needs next."""
@@ -324,6 +343,11 @@ class Exchange:
         silent = unheard and unheard & self._chunks.suppliers()
         if (slow | silent) & ~group.silent:
             group.silent |= slow | silent
+            silence_s = SUPPLIER_SILENCE * progress_s
+            for member in members_of(silent & ~slow):
+                group.blame(member, f"it sent nothing for {silence_s:g} s while this machine waited for its chunks")
+            for member in members_of(slow):
+                group.blame(member, "it sent its chunks far more slowly than the others")
             self._replanner.ask_anew()
             self._must_review = True
 
@@ -370,6 +394,15 @@ class Exchange:
 
     # --------------------------------------------------------------------------------------------------- small things
 
+    def _blame_whom_i_await(self) -> None:
+        """The time is over: say so of everybody who owes me something, as far as nothing is known of it already."""
+        chunks, me = self._chunks, 1 << self._round.me
+        for member in members_of((chunks.suppliers() | chunks.collector.awaited()) & ~me):
+            self._group.blame(member, "what it had to send had not come when the round's time was over")
+        if not chunks.n_lacking:
+            for member in members_of(self._round.everyone & ~self._agreement.holders & ~me):
+                self._group.blame(member, "it had not said when the round's time was over that it holds the result")
+
     def _is_over(self) -> bool:
         return self.gone or self.ended is Ended.FAILED
 
@@ -377,5 +410,5 @@ class Exchange:
         if not self._round.senders >> member & 1:
             return "weighs nothing in this round"
         n_without = sum(not mask >> member & 1 for mask in self._chunks.contributors)
-        why = self._group.reasons.get(member, "another member reduced without it")
+        why = self._group.reasons.get(member, "another member reduced without it; seen from here nothing was wrong")
         return f"not in {n_without} of {self._round.n_chunks} chunks: {why}"

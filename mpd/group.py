@@ -27,6 +27,7 @@ class Group:
         self.silent = 0
         self.slow = 0
         self.reasons: dict[int, str] = {}
+        self.last_delivery: tuple[int, float] | None = None  # who delivered last, and when
         self._heard = [now] * plan.n_members
         self._servings = [0] * plan.n_members
         outbound_only = plan.everyone & ~plan.inbound
@@ -73,6 +74,7 @@ class Group:
     def note_delivery(self, now: float, sender: int) -> bool:
         """Bytes of a data record came from `sender`. Returns True if that ends its silence."""
         self._heard[sender] = now
+        self.last_delivery = sender, now
         ends_silence = (self.silent & ~self.slow) >> sender & 1 == 1
         if ends_silence:
             self.silent &= ~(1 << sender)
@@ -90,4 +92,4 @@ class Group:
         """Raise PeerError if `member` has asked for far more than it can need."""
         self._servings[member] += n_chunks
         if self._servings[member] > MAX_SERVINGS * (self._plan.n_chunks + self._plan.n_members):
-            raise PeerError(f"member {member} asked for {self._servings[member]} chunks of {self._plan.n_chunks}")
+            raise PeerError(f"it asked for {self._servings[member]} chunks of {self._plan.n_chunks}")

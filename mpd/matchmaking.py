@@ -45,6 +45,15 @@ Compose = Callable[[tuple[tuple[PeerId, Join], ...], dict[PeerId, str]], Begin]
 
 MAX_DETAIL_CHARS = 200
 
+# What became of a peer that does not take us in.
+DECLINED = {
+    "other_terms": "declined, because it uses other terms for this run",
+    "other_epoch": "declined, because it goes by another shape of the run's grid",
+    "other_number": "declined, because it stands at another round",
+    "full": "declined, because its group is full",
+    "busy": "declined, because it is done with this round",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Send:
@@ -161,7 +170,7 @@ class Matchmaker:
             case Disbanded():
                 self._on_disbanded(now, peer, message)
             case Quit():
-                self._lose(now, peer, "withdrew")
+                self._lose(now, peer, "withdrew: its group began without us, or its trainer takes no part now")
             case Begin():
                 self._on_begin(now, peer, message)
         self._settle(now)
@@ -233,7 +242,7 @@ class Matchmaker:
         if self._ticket is not None and join.digest != self._ticket.digest:
             return "other_terms", "the terms of the run differ"
         if self._ticket is not None and join.epoch != self._ticket.epoch:
-            return "other_epoch", f"the epoch of the shape is {self._ticket.epoch} here, {join.epoch} there"
+            return "other_epoch", f"the shape of the run's grid is number {self._ticket.epoch} here, {join.epoch} there"
         return None
 
     def _number_differs(self, theirs: int) -> str:
@@ -260,7 +269,9 @@ class Matchmaker:
         if declined.why in ("not_ready", "not_leading"):
             self._redirect(now, sender, declined.leader)
         else:
-            reason = f"declined, {declined.why.replace('_', ' ')}: {declined.detail[:MAX_DETAIL_CHARS]}"
+            reason = DECLINED.get(declined.why, "declined")
+            if declined.detail:
+                reason += f": {declined.detail[:MAX_DETAIL_CHARS]}"
             self._lose(now, sender, reason)
 
     def _on_disbanded(self, now: float, sender: PeerId, disbanded: Disbanded) -> None:
@@ -357,7 +368,7 @@ class Matchmaker:
         for peer, ticket in self._register.followers.items():
             left_s = self._register.peers[peer].time_ends_s - now
             members.append((peer, replace(ticket, time_left_s=left_s)))
-        left_out = self._register.missing("had not asked when the window ended")
+        left_out = self._register.missing(until="when the window ended")
         try:
             begin = self._compose(tuple(members), left_out)
         except RoundFailed as failure:
@@ -371,7 +382,7 @@ class Matchmaker:
 
     def _stay_alone(self, reason: str) -> None:
         self.reason = reason
-        missing = self._register.missing("had not joined us in time")
+        missing = self._register.missing(until="in time")
         self._finish(Move.GIVE_UP, Alone(reason, missing), ())
 
     def _finish(self, move: Move, verdict: Begun | Alone, group: Collection[bytes]) -> None:

@@ -56,7 +56,7 @@ class Replanner:
         """`sender` asks me for a plan. Raises PeerError if it complains about nobody of this round."""
         check_epoch(message.epoch)
         if message.slow & ~self._round.everyone:
-            raise PeerError(f"member {sender} calls {message.slow:#x} slow: a mask of members expected")
+            raise PeerError(f"it calls {message.slow:#x} slow: members of this round expected")
         agreement = self._agreement
         if agreement.plan.epoch > message.epoch:
             agreement.tell_plan(sender)
@@ -114,14 +114,14 @@ class Replanner:
         agreement, chunks, n_chunks = self._agreement, self._chunks, self._round.n_chunks
         if agreement.attempt is not None:
             n_promises, n_needed = len(agreement.attempt.reports), self._round.redo_quorum
-            return f"promises for plan {agreement.attempt.epoch}: {n_promises} of at least {n_needed} are here"
+            return f"members that agree who redoes what is missing: {n_promises} of at least {n_needed} have answered"
         if chunks.seeker.stuck:
             n_stuck = len(chunks.seeker.orphans) + len(chunks.seeker.late)
-            return f"a new plan: nobody in reach sends {n_stuck} of {n_chunks} chunks"
+            return f"a decision who redoes {n_stuck} of {n_chunks} chunks, which nobody in reach can send"
         if chunks.n_lacking:
-            return f"{chunks.n_lacking} of {n_chunks} chunks under plan {agreement.plan.epoch}"
+            return f"{chunks.n_lacking} of {n_chunks} chunks"
         if agreement.awaits_plan:
-            return f"plan {agreement.promised} from member {agreement.coordinator_of(agreement.promised)}"
+            return "the decision of another member who redoes what is missing"
         return f"members that hold every chunk: {agreement.n_done} of at least {self._round.success_quorum} said so"
 
     def _in_trouble(self) -> bool:

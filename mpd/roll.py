@@ -15,6 +15,10 @@ from mpd.messages import MAX_MEMBERS, Join
 
 MAX_HEARSAY = 512  # peers remembered though they have not spoken to us; a hostile DHT could name any number
 
+# Why a live peer is not in a group.
+READY = "was ready {until}, and had not joined this group"
+NOT_READY = "its trainer had not asked for a step {until}"
+
 UNKNOWN_STAMP = -1  # of a peer that has not said that it is ready; smaller than any published one
 
 Rank = tuple[bool, int, PeerId]
@@ -124,6 +128,11 @@ class Known:
     pointed_to: PeerId | None = None  # the leader that we named to it
 
     @property
+    def is_ready(self) -> bool:
+        """True if it said itself that its trainer has asked."""
+        return self.stamp != UNKNOWN_STAMP
+
+    @property
     def may_be_asked(self) -> bool:
         """True if it has an invitation out that we have not used."""
         return self.inviting and not self.asked and not self.gone and self.ticket is None
@@ -170,9 +179,13 @@ class Register:
         """Peers that were announced and are gone."""
         return tuple(peer for peer, known in self.peers.items() if known.gone)
 
-    def missing(self, awaited: str) -> dict[PeerId, str]:
-        """Return why each peer that has not joined us is missing; `awaited` is the reason of the live ones."""
-        return {peer: known.gone or awaited for peer, known in self.peers.items() if known.ticket is None}
+    def missing(self, *, until: str) -> dict[PeerId, str]:
+        """Return why each peer that had not joined us `until` some moment, told in words, is missing."""
+        return {
+            peer: known.gone or (READY if known.is_ready else NOT_READY).format(until=until)
+            for peer, known in self.peers.items()
+            if known.ticket is None
+        }
 
     def rank_of(self, peer: PeerId) -> Rank:
         """Return the rank of `peer` as far as it is known."""

@@ -1,15 +1,21 @@
 """What `mpd status`, `rounds` and `peers` look like to a person: rich tables of the very JSON that `--json` prints."""
 
 import datetime
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from mpd.seal import NO_SEAL
 
 _SHORT_ID_CHARS = 8
+_MAX_RUN_CHARS = 24
+_RUN_COLUMN = {"run": 0, "at": 1}  # by the first column's head
+_GAP = "  "
+_INDENT = 10  # below what stands right of the time
 
 
 def show_status(status: dict[str, Any], console: Console | None = None) -> None:
@@ -36,50 +42,45 @@ def show_status(status: dict[str, Any], console: Console | None = None) -> None:
     if not status["runs"]:
         console.print("\nNo trainer is attached. In a training script: mpd.client.connect().averager(...)")
         return
-    runs = Table(title="runs", title_justify="left")
-    for name in ("run", "size", "shape", "key", "peers", "trainers", "rounds", "state"):
-        runs.add_column(name, justify="right" if name in ("size", "peers", "trainers", "rounds") else "left")
-    for run in status["runs"]:
-        runs.add_row(
-            _plain(run["name"]),
-            _bytes(run["bytes"]),
-            "x".join(map(str, run["shape"])) or "-",
-            ",".join(map(str, run["key"])) or "-",
-            str(run["peers"]),
-            str(run["trainers"]),
-            str(run["rounds"]),
-            _plain(run["state"]),
-        )
     console.print()
-    console.print(runs)
-    for run in status["runs"]:
-        for peer, difference in run["other_terms"].items():
-            console.print(_plain(f"{run['name']}: {peer} uses other terms: {difference}", "yellow"))
+    heads = ("run", "size", "shape", "key", "peers", "trainers", "rounds")
+    rows: list[Row] = [
+        (
+            _plain(run["name"]),
+            Text(_bytes(run["bytes"])),
+            Text("x".join(map(str, run["shape"])) or "-"),
+            Text(",".join(map(str, run["key"])) or "-"),
+            Text(str(run["peers"])),
+            Text(str(run["trainers"])),
+            Text(str(run["rounds"])),
+        )
+        for run in status["runs"]
+    ]
+    _print_rows(console, heads, rows, [_about_run(run) for run in status["runs"]], right={1, 4, 5, 6})
 
 
 def show_rounds(rounds: list[dict[str, Any]], console: Console | None = None) -> None:
-    """Print the answer of `mpd rounds`."""
+    """Print the answer of `mpd rounds`: a line for each round, and below it why it was not perfect, if it was not."""
     console = console or Console()
     if not rounds:
         console.print("No round has begun yet.")
         return
-    table = Table()
-    for name in ("at", "run", "group", "averaged", "seconds", "sent", "received", "reason"):
-        table.add_column(name, justify="right" if name in ("seconds", "sent", "received") else "left")
+    heads = ("at", "run", "averaged", "seconds", "sent", "received", "group")
+    rows: list[Row] = []
+    below: list[Lines] = []
     for entry in rounds:
-        at = datetime.datetime.fromtimestamp(entry["at"], tz=datetime.UTC).astimezone()
-        missing = [f"{peer[:_SHORT_ID_CHARS]}: {why}" for peer, why in entry["missing"].items()]
-        table.add_row(
-            f"{at:%H:%M:%S}",
+        cells = [
+            Text(_clock(entry["at"])),
             _plain(entry["run"]),
-            " ".join(peer[:_SHORT_ID_CHARS] for peer in entry["group"]),
-            f"{len(entry['contributors'])} of {len(entry['group'])}" if entry["averaged"] else "[red]no[/red]",
-            f"{entry['seconds']:.3f}",
-            _bytes(entry["bytes_sent"]),
-            _bytes(entry["bytes_received"]),
-            _plain("; ".join([entry["reason"], *missing] if entry["reason"] else missing)),
-        )
-    console.print(table)
+            _averaged(entry),
+            Text(f"{entry['seconds']:.3f}"),
+            Text(_bytes(entry["bytes_sent"])),
+            Text(_bytes(entry["bytes_received"])),
+            Text(" ".join(_short(peer) for peer in entry["group"]) or "-"),
+        ]
+        rows.append(tuple(cells))
+        below.append(_causes(entry))
+    _print_rows(console, heads, rows, below, right={3, 4, 5})
 
 
 def show_peers(peers: list[dict[str, Any]], console: Console | None = None) -> None:
@@ -101,6 +102,86 @@ def show_peers(peers: list[dict[str, Any]], console: Console | None = None) -> N
             str(peer["rounds"]),
         )
     console.print(table)
+
+
+Row = tuple[Text, ...]
+Lines = list[tuple[Text, Text]]  # a label and a sentence
+
+
+def _print_rows(console: Console, heads: Sequence[str], rows: list[Row], below: list[Lines], right: set[int]) -> None:
+    """Print `rows` in columns, and below each one its sentences, indented.
+
+    Columns that do not fit into the terminal are left out from the right; a group goes below then, where it changes.
+    """
+    widths = [max([len(head), *(row[i].cell_len for row in rows)]) for i, head in enumerate(heads)]
+    widths[_RUN_COLUMN[heads[0]]] = min(widths[_RUN_COLUMN[heads[0]]], _MAX_RUN_CHARS)
+    n_columns = len(heads)
+    while n_columns > 1 and sum(widths[:n_columns]) + len(_GAP) * (n_columns - 1) > console.width:
+        n_columns -= 1
+    group_above = ""
+    for cells, lines in zip([tuple(Text(head, "bold") for head in heads), *rows], [[], *below], strict=True):
+        line = Text(_GAP).join(_fitted(cells[i], widths[i], i in right) for i in range(n_columns))
+        line.rstrip()
+        console.print(line)
+        rest = []
+        if heads[-1] == "group" and n_columns < len(heads) and cells[-1].plain not in ("-", "group", group_above):
+            rest, group_above = [(Text("group"), cells[-1])], cells[-1].plain
+        if rest or lines:
+            grid = Table.grid(padding=(0, len(_GAP), 0, 0))
+            grid.add_column(no_wrap=True)
+            grid.add_column(overflow="fold")
+            for label, sentence in (*rest, *lines):
+                grid.add_row(label, sentence)
+            console.print(Padding(grid, (0, 0, 0, _INDENT)))
+
+
+def _fitted(cell: Text, width: int, is_right: bool) -> Text:
+    cell = cell.copy()
+    cell.truncate(width, overflow="ellipsis")
+    cell.align("right" if is_right else "left", width)
+    return cell
+
+
+def _about_run(run: dict[str, Any]) -> Lines:
+    """Return what there is to say about a run: what it does, who is not there, and what went wrong last."""
+    lines = [(Text("now"), _plain(run["state"]))]
+    lines += [
+        (Text("terms"), _plain(f"{_short(peer)} uses other terms: {why}", "yellow"))
+        for peer, why in run["other_terms"].items()
+    ]
+    lines += [(Text("absent"), _plain(f"{_short(peer)}: {why}", "yellow")) for peer, why in run["absent"].items()]
+    last = run["last_imperfect"]
+    if last is not None:
+        result = f"averaged {_averaged(last).plain}" if last["averaged"] else "did not average"
+        lines.append((Text("last not perfect"), Text(f"{_clock(last['at'])}, {result}")))
+        lines += [(Text.assemble("  ", label), sentence) for label, sentence in _causes(last)]
+    return lines
+
+
+def _causes(entry: dict[str, Any]) -> Lines:
+    """Return why a round was not perfect: one line for each cause."""
+    lines = []
+    if entry["reason"]:
+        often = f" ({entry['times']} times)" if entry["times"] > 1 else ""
+        lines.append((Text("why"), _plain(entry["reason"] + often, "red" if not entry["averaged"] else "")))
+    lines += [(_plain(_short(who)), _plain(why, "yellow")) for who, why in entry["missing"].items()]
+    lines += [(Text("note"), _plain(note)) for note in entry["notes"]]
+    return lines
+
+
+def _averaged(entry: dict[str, Any]) -> Text:
+    if not entry["averaged"]:
+        return Text("no", "red")
+    return Text(f"{len(entry['contributors'])} of {len(entry['group'])}", "" if entry["perfect"] else "yellow")
+
+
+def _short(who: str) -> str:
+    """Return as much of a peer's id as tells it from others; a trainer keeps its label."""
+    return who if " " in who else who[:_SHORT_ID_CHARS]
+
+
+def _clock(at: float) -> str:
+    return f"{datetime.datetime.fromtimestamp(at, tz=datetime.UTC).astimezone():%H:%M:%S}"
 
 
 def _plain(text: str, style: str = "") -> Text:

@@ -65,6 +65,7 @@ class FakeLink:
         self.awaited = 0
         self.patience_s = 2.0
         self.repairs_left = 3
+        self.repair_cause = ""
         self.member = Member(peer, OPEN_SWARM, "member", None, 0.0, math.inf)
         self.news = 0
         self.bytes_sent = self.bytes_received = 0

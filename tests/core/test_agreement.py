@@ -96,8 +96,9 @@ def test_two_contents_of_one_plan_fail_the_round() -> None:
     member = Member()
     member.agreement.on_done(1, Done(0, DIGEST))
     member.hold_everything()
-    with pytest.raises(RoundFailed, match="member 1"):
+    with pytest.raises(RoundFailed, match="another result"):
         member.agreement.conclude()
+    assert member.group.reasons == {1: "it says that it holds another result than this machine"}
 
 
 def test_a_commit_is_installed_whatever_was_promised() -> None:

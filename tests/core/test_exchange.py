@@ -6,10 +6,12 @@ drive instead.
 """
 
 import dataclasses
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sim.exchange_adversary import simulate
 from sim.exchange_net import ALL, Bytes, Net, decode, make_plans
 from sim.traces import back_to_the_first_version, machine, outcomes, three_plans
 
@@ -276,14 +278,15 @@ def test_a_sender_that_holds_up_a_chunk_is_dropped_for_good() -> None:
     net.data(2, 0)  # its first piece comes, its second does not
     net.go(*pairs_but(net, (2, 0)))
     net.tick(0, 0.9)
-    assert net.members[0].waiting_for() == "1 of 2 chunks under plan 0"
+    assert net.members[0].waiting_for() == "1 of 2 chunks"
     net.tick(0, 1.3)
     assert net.members[0].holds(1, 0)
     assert not net.members[0].wants_piece(2, 1, 0)
     net.run(until=0.0)
     assert outcomes(net) == [[0b111, 0b011]] * 3
     assert net.members[0].missing == {2: "not in 1 of 2 chunks: it sent nothing for 1 s while a chunk waited for it"}
-    assert net.members[1].missing == {2: "not in 1 of 2 chunks: another member reduced without it"}
+    without = "another member reduced without it; seen from here nothing was wrong"
+    assert net.members[1].missing == {2: f"not in 1 of 2 chunks: {without}"}
 
 
 def test_bytes_of_an_unfinished_piece_keep_a_sender_in_unless_most_others_were_much_quicker() -> None:
@@ -379,7 +382,7 @@ def test_other_contents_under_the_same_plan_fail_the_round_before_it_is_publishe
     exchange.on_message(0.0, 1, Done(0, b"otherwise"[:8]))
     exchange.on_piece(0.0, 1, 0, 0, 4)
     exchange.on_piece(0.0, 2, 0, 0, 16)
-    assert (exchange.ended, exchange.reason) == (Ended.FAILED, "member 1 holds something else under the same plan 0")
+    assert (exchange.ended, exchange.reason) == (Ended.FAILED, "another member says that it holds another result")
     assert Finished(True) not in exchange.take_actions()
 
 
@@ -524,3 +527,66 @@ def test_whatever_members_send_only_they_are_blamed(events: list[tuple[object, .
     assert n_finished == (exchange.ended is not None)
     exchange.on_tick(ALL)
     assert exchange.gone
+
+
+# --------------------------------------------------------------------------------------------------------------- causes
+
+INTERNALS = re.compile(r"epoch|mask|\bplan\b|\bmember \d|0x")
+
+
+def test_at_the_deadline_everybody_who_still_owes_something_is_named() -> None:
+    exchange, _ = machine(3, 0, [0, 1])
+    exchange.on_piece(0.1, 1, 0, 0, 4)
+    exchange.on_tick(100.0)
+    late = "what it had to send had not come when the round's time was over"
+    assert exchange.ended is Ended.FAILED
+    assert exchange.missing == {1: late, 2: late}  # the mean of chunk 1, and a piece of chunk 0
+    assert exchange.reason == "the round's time is over while it waits for 2 of 2 chunks"
+
+
+def test_who_never_said_that_it_holds_the_result_is_named() -> None:
+    exchange, _ = machine(3, 0, [0])
+    exchange.on_piece(0.1, 1, 0, 0, 4)
+    exchange.on_piece(0.1, 2, 0, 0, 16)
+    exchange.on_lost(0.2, 2, "its link ended")
+    exchange.on_tick(100.0)
+    unsaid = "it had not said when the round's time was over that it holds the result"
+    assert exchange.missing == {1: unsaid, 2: "its link ended"}
+
+
+def test_a_silent_reducer_is_blamed_and_its_chunks_are_counted_as_redone() -> None:
+    net = Net(make_plans(3, [2, 2]))
+    net.go(*pairs_but(net, (2, 0), (2, 1)))  # its pieces and results go nowhere, and its link is up
+    for moment in (2.6, 2.9, 3.3, 4.0, 5.0):
+        for i in (0, 1):
+            net.tick(i, moment)
+        net.go(*pairs_but(net, (2, 0), (2, 1)))
+    net.run()
+    assert any(member.redone == {2: 2} for member in net.members)
+    assert "it sent nothing for 2.5 s while this machine waited for its chunks" in (
+        net.members[0].troubles.get(2, ""),
+        net.members[1].troubles.get(2, ""),
+    )
+
+
+def test_who_delivered_last_is_known() -> None:
+    exchange, _ = machine(3, 0, [0])
+    assert exchange.last_delivery is None
+    exchange.on_piece(0.5, 2, 0, 0, 16)
+    exchange.on_piece(0.7, 1, 0, 0, 4)
+    assert exchange.last_delivery == (1, 0.7)
+
+
+def test_whatever_happens_the_missing_have_a_cause_that_people_understand() -> None:
+    told, n_failed = [], 0
+    for seed in range(120):
+        net = simulate(seed).net
+        for member in (each for i, each in enumerate(net.members) if i not in net.dead and each.ended is not None):
+            missing = member.missing
+            if member.ended is Ended.FAILED:
+                n_failed += 1
+                assert missing, f"seed {seed}: {member.reason}"
+            assert all(missing.values())
+            told += [member.reason, *missing.values()]
+    assert n_failed > 10
+    assert not [sentence for sentence in told if INTERNALS.search(sentence)]

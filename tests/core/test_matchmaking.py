@@ -213,7 +213,7 @@ def test_a_learnt_window_closes_a_group_and_leaves_a_lone_peer_its_time() -> Non
     assert machine.state is SEEKING  # nobody else waits for it
     machine.on_message(2.6, FOLLOWER, join(FOLLOWER))
     assert isinstance(machine.verdict, Begun)
-    assert machine.verdict.begin.left_out == {IDLE: "had not asked when the window ended"}
+    assert machine.verdict.begin.left_out == {IDLE: "its trainer had not asked for a step when the window ended"}
     alone = fresh()
     sighted(alone, 0.0, IDLE)
     alone.on_ready(0.5, join(ME), window_s=1.5)
@@ -238,7 +238,7 @@ def test_the_ticket_and_the_begin_carry_the_time_that_is_left() -> None:
     machine.on_tick(5.5)
     assert isinstance(machine.verdict, Begun)
     assert machine.verdict.begin.timeout_s == pytest.approx(55.1)
-    assert machine.verdict.begin.left_out == {IDLE: "had not asked when the window ended"}
+    assert machine.verdict.begin.left_out == {IDLE: "its trainer had not asked for a step when the window ended"}
     asking = in_state(SEEKING)
     asking.on_message(2.5, LEADER, here(LEADER))
     assert said(asking) == [(LEADER, join(ME, time_left_s=58.0))]

@@ -41,7 +41,7 @@ def test_nothing_is_asked_while_all_is_well() -> None:
     member.replanner.arm(0.0)
     assert member.said() == []
     assert member.replanner.retry_at is None
-    assert member.replanner.waiting_for() == "1 of 1 chunks under plan 0"
+    assert member.replanner.waiting_for() == "1 of 1 chunks"
 
 
 def test_a_loss_is_followed_by_one_request_and_then_by_others_at_doubling_intervals() -> None:
@@ -49,7 +49,7 @@ def test_a_loss_is_followed_by_one_request_and_then_by_others_at_doubling_interv
     member.lose(4)
     member.replanner.review(0.0)
     assert member.said() == [(0, Need(0, 0))]
-    assert member.replanner.waiting_for() == "a new plan: nobody in reach sends 1 of 1 chunks"
+    assert member.replanner.waiting_for() == "a decision who redoes 1 of 1 chunks, which nobody in reach can send"
     member.replanner.review(0.0)
     assert member.said() == []
     now, waits = 0.0, []

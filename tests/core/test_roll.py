@@ -184,4 +184,9 @@ def test_followers_are_not_missing() -> None:
     register.peers[A].ticket = ticket(1)
     register.lose(B, "its link broke")
     assert list(register.followers) == [A]
-    assert register.missing("late") == {B: "its link broke", C: "late"}
+    assert register.missing(until="in time") == {
+        B: "its link broke",
+        C: "its trainer had not asked for a step in time",
+    }
+    register.peers[C].stamp = 5  # it has said that it is ready
+    assert register.missing(until="in time")[C] == "was ready in time, and had not joined this group"

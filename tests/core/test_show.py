@@ -1,6 +1,7 @@
 """What people see: tables with everything that is known, sentences where nothing is, and no trick of a stranger's."""
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ SHOWN = "[bold]x[/] [link=file:///]y :fire: ?[2J??? ? [/no]"
 
 RUN: dict[str, Any] = {
     "name": "my-run", "shape": [3, 4], "key": [1, 2], "phase": 0, "peers": 12, "trainers": 2, "rounds": 7,
-    "bytes": 64 << 20, "tensors": 3, "state": "waiting for 3 of 4 peers", "other_terms": {},
+    "bytes": 64 << 20, "tensors": 3, "state": "waiting for 3 of 4 peers", "other_terms": {}, "absent": {},
+    "last_imperfect": None,
 }  # fmt: skip
 STATUS: dict[str, Any] = {
     "peer_id": ALICE, "listen": "192.0.2.7:4747", "announce": "192.0.2.7:4747", "reachable": True, "links": 2,
@@ -26,7 +28,8 @@ STATUS: dict[str, Any] = {
 ROUND: dict[str, Any] = {
     "run": "my-run", "number": 3, "round_id": "00" * 16, "averaged": True, "group": [ALICE, BOB, CAROL],
     "contributors": [ALICE, BOB], "missing": {CAROL: "its link ended"}, "seconds": 0.0514, "bytes_sent": 1000,
-    "bytes_received": 5000, "reason": "one is missing", "at": 1_700_000_000.0,
+    "bytes_received": 5000, "reason": "one is missing", "at": 1_700_000_000.0, "perfect": False, "notes": [],
+    "times": 1,
 }  # fmt: skip
 PEER: dict[str, Any] = {
     "peer": BOB, "address": "192.0.2.8:4747", "goodput": 3.5 * 2**20, "bytes_sent": 0, "bytes_received": 3 << 30,
@@ -45,13 +48,9 @@ def printed(show: Any, answer: Any, width: int = 160, terminal: bool = False) ->
     return out.getvalue()
 
 
-def cells(text: str) -> list[list[str]]:
-    """Return the rows of a printed table."""
-    return [
-        [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")]
-        for line in text.splitlines()
-        if line.startswith(("│", "┃"))
-    ]
+def lines_of(text: str) -> list[str]:
+    """Return what is printed, without the time of day, which depends on where this runs."""
+    return [re.sub(r"\d\d:\d\d:20", "00:00:20", line.rstrip()) for line in text.splitlines()]
 
 
 def test_a_quiet_daemon_says_how_to_go_on() -> None:
@@ -92,36 +91,74 @@ def test_status_says_what_matters(change: dict[str, Any], words: str) -> None:
     assert words in printed(show_status, STATUS | change)
 
 
-def test_runs_are_a_table() -> None:
-    young = RUN | {"name": "young", "shape": [], "key": [], "bytes": 12, "state": "waiting for a shape"}
-    text = printed(
-        show_status, STATUS | {"runs": [RUN, young | {"other_terms": {BOB: "group_size is 16 here, 8 there"}}]}
-    )
-    assert cells(text) == [
-        ["run", "size", "shape", "key", "peers", "trainers", "rounds", "state"],
-        ["my-run", "64.0 MiB", "3x4", "1,2", "12", "2", "7", "waiting for 3 of 4 peers"],
-        ["young", "12 B", "-", "-", "12", "2", "7", "waiting for a shape"],
+def test_runs_come_with_what_they_do_and_what_went_wrong() -> None:
+    young = RUN | {"name": "young", "shape": [], "key": [], "bytes": 12, "state": "looking for other peers of this run"}
+    run = RUN | {
+        "other_terms": {BOB: "group_size is 16 here, 8 there"},
+        "absent": {CAROL: "left: its daemon was told to leave"},
+        "last_imperfect": ROUND,
+    }
+    text = printed(show_status, STATUS | {"runs": [run, young]})
+    assert lines_of(text)[-10:] == [
+        "run         size  shape  key  peers  trainers  rounds",
+        "my-run  64.0 MiB  3x4    1,2     12         2       7",
+        "          now               waiting for 3 of 4 peers",
+        "          terms             bbbbbbbb uses other terms: group_size is 16 here, 8 there",
+        "          absent            cccccccc: left: its daemon was told to leave",
+        "          last not perfect  00:00:20, averaged 2 of 3",
+        "            why             one is missing",
+        "            cccccccc        its link ended",
+        "young       12 B  -      -       12         2       7",
+        "          now  looking for other peers of this run",
     ]
-    assert text.splitlines()[-1] == f"young: {BOB} uses other terms: group_size is 16 here, 8 there"
 
 
-def test_rounds_are_a_table() -> None:
-    failed = ROUND | {"averaged": False, "contributors": [], "missing": {}, "reason": "no majority"}
-    plain = ROUND | {"reason": "", "contributors": [ALICE, BOB, CAROL], "missing": {}}
-    header, *rows = cells(printed(show_rounds, [ROUND, failed, plain]))
-    assert header == ["at", "run", "group", "averaged", "seconds", "sent", "received", "reason"]
-    group = "aaaaaaaa bbbbbbbb cccccccc"
-    assert [row[1:] for row in rows] == [
-        ["my-run", group, "2 of 3", "0.051", "1000 B", "4.9 KiB", "one is missing; cccccccc: its link ended"],
-        ["my-run", group, "no", "0.051", "1000 B", "4.9 KiB", "no majority"],
-        ["my-run", group, "3 of 3", "0.051", "1000 B", "4.9 KiB", ""],
+PERFECT = ROUND | {"reason": "", "contributors": [ALICE, BOB, CAROL], "missing": {}, "perfect": True}
+REDONE = PERFECT | {"perfect": False, "notes": ["2 of 8 chunks of cccccccc.. were reduced again by others"]}
+ALONE = ROUND | {
+    "averaged": False, "group": [], "contributors": [], "reason": "nobody had joined", "times": 12,
+    "missing": {BOB: "cannot be reached", "trainer gpu 1": "had not asked"},
+}  # fmt: skip
+
+
+def test_a_round_that_was_not_perfect_says_why() -> None:
+    assert lines_of(printed(show_rounds, [PERFECT, ROUND, REDONE, ALONE])) == [
+        "at        run     averaged  seconds    sent  received  group",
+        "00:00:20  my-run  3 of 3      0.051  1000 B   4.9 KiB  aaaaaaaa bbbbbbbb cccccccc",
+        "00:00:20  my-run  2 of 3      0.051  1000 B   4.9 KiB  aaaaaaaa bbbbbbbb cccccccc",
+        "          why       one is missing",
+        "          cccccccc  its link ended",
+        "00:00:20  my-run  3 of 3      0.051  1000 B   4.9 KiB  aaaaaaaa bbbbbbbb cccccccc",
+        "          note  2 of 8 chunks of cccccccc.. were reduced again by others",
+        "00:00:20  my-run  no          0.051  1000 B   4.9 KiB  -",
+        "          why            nobody had joined (12 times)",
+        "          bbbbbbbb       cannot be reached",
+        "          trainer gpu 1  had not asked",
     ]
-    assert all(row[0].endswith(":20") for row in rows)  # the second is the same in every time zone
+
+
+def test_where_a_group_has_no_room_in_the_line_it_stands_below_once() -> None:
+    why = "its link ended 1.3 s into the round: nothing was heard from it for 0.6 s"
+    assert lines_of(printed(show_rounds, [PERFECT, PERFECT, ROUND | {"reason": "", "missing": {CAROL: why}}], 80)) == [
+        "at        run     averaged  seconds    sent  received",
+        "00:00:20  my-run  3 of 3      0.051  1000 B   4.9 KiB",
+        "          group  aaaaaaaa bbbbbbbb cccccccc",
+        "00:00:20  my-run  3 of 3      0.051  1000 B   4.9 KiB",
+        "00:00:20  my-run  2 of 3      0.051  1000 B   4.9 KiB",
+        "          cccccccc  its link ended 1.3 s into the round: nothing was heard from",
+        "                    it for 0.6 s",
+    ]
+
+
+def test_a_long_name_of_a_run_leaves_room_for_the_rest() -> None:
+    text = printed(show_rounds, [ROUND | {"run": "x" * 256}], 80)
+    assert "  " + "x" * 23 + "\u2026  2 of 3 " in text
 
 
 def test_peers_are_a_table() -> None:
     silent = PEER | {"address": "outbound only", "goodput": 0.0}
-    assert cells(printed(show_peers, [PEER, silent])) == [
+    rows = [line.strip("│┃").replace("┃", "│") for line in printed(show_peers, [PEER, silent]).splitlines()]
+    assert [[cell.strip() for cell in row.split("│")] for row in rows if "│" in row] == [
         ["peer", "address", "goodput", "sent", "received", "in rounds"],
         [BOB, "192.0.2.8:4747", "3.5 MiB/s", "0 B", "3.0 GiB", "1"],
         [BOB, "outbound only", "-", "0 B", "3.0 GiB", "1"],
@@ -139,12 +176,14 @@ def test_nothing_is_said_in_words() -> None:
         (show_status, STATUS | {"problem": HOSTILE}),
         (show_status, STATUS | {"dht": asking("a:1", HOSTILE)}),
         (show_status, STATUS | {"dht": {"peers": 0, "bootstrap": [], "problem": HOSTILE}}),
-        (show_status, STATUS | {"runs": [RUN | {"name": HOSTILE}]}),
         (show_status, STATUS | {"runs": [RUN | {"state": HOSTILE}]}),
         (show_status, STATUS | {"runs": [RUN | {"other_terms": {BOB: HOSTILE}}]}),
-        (show_rounds, [ROUND | {"run": HOSTILE}]),
         (show_rounds, [ROUND | {"reason": HOSTILE}]),
         (show_rounds, [ROUND | {"missing": {CAROL: HOSTILE}}]),
+        (show_rounds, [ROUND | {"missing": {f"trainer {HOSTILE}": "late"}}]),
+        (show_rounds, [ROUND | {"notes": [HOSTILE]}]),
+        (show_status, STATUS | {"runs": [RUN | {"absent": {BOB: HOSTILE}}]}),
+        (show_status, STATUS | {"runs": [RUN | {"last_imperfect": ROUND | {"reason": HOSTILE}}]}),
         (show_peers, [PEER | {"address": HOSTILE}]),
     ],
 )  # fmt: skip
@@ -155,6 +194,20 @@ def test_what_strangers_write_is_only_text(show: Any, answer: Any) -> None:
     assert "\x1b[2J" not in on_a_terminal
 
 
-def test_a_narrow_terminal_gets_it_all_too() -> None:
-    for show, answer in ((show_status, STATUS | {"runs": [RUN]}), (show_rounds, [ROUND]), (show_peers, [PEER])):
-        assert all(len(line) <= 60 for line in printed(show, answer, width=60).splitlines())
+def test_what_strangers_call_their_run_is_only_text() -> None:
+    for show, answer in (
+        (show_rounds, [ROUND | {"run": HOSTILE[:20]}]),
+        (show_status, STATUS | {"runs": [RUN | {"name": HOSTILE[:20]}]}),
+    ):
+        assert HOSTILE[:20] in printed(show, answer, width=300)
+        assert "\x1b[2J" not in printed(show, answer, width=300, terminal=True)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+    for show, answer in (
+        (show_status, STATUS | {"runs": [RUN | {"last_imperfect": ROUND}]}),
+        (show_rounds, [ROUND, ALONE]),
+        (show_peers, [PEER]),
+    ):
+        assert all(len(line) <= width for line in printed(show, answer, width).splitlines())

@@ -334,7 +334,7 @@ def judged(head: bytes) -> str:
     [
         (PIECE, "kind", [0, 3], "peer: .* announces 400 bytes: it carries none"),
         (PIECE, "kind", [4, 255], "peer: there is no record of kind"),
-        (PIECE, "kind", [2], "peer: member 1 sends chunk 0, version 0, which I am still writing"),
+        (PIECE, "kind", [2], "peer: it sends chunk 0, version 0, which I am still writing"),
         (PIECE, "codec", [1, 2, 255], "plan: codec .*; this run uses raw"),
         (PIECE, "member", [1, 2, 65535], "plan: .* it belongs to member 0"),
         (PIECE, "chunk", [1, 2], "plan: .* it belongs to member"),
@@ -345,7 +345,7 @@ def judged(head: bytes) -> str:
         (PIECE, "contributors", [1, 2**64 - 1], "taken"),  # a piece has one contributor, whoever sent it
         (RESULT, "kind", [0, 3], "peer: .* announces 400 bytes: it carries none"),
         (RESULT, "kind", [4, 255], "peer: there is no record of kind"),
-        (RESULT, "kind", [1], "peer: member 1 sends a piece of chunk 1, version 0, which I do not write"),
+        (RESULT, "kind", [1], "peer: it sends a piece of chunk 1, version 0, which I do not write"),
         (RESULT, "codec", [1, 2, 255], "plan: codec .*; this run uses raw"),
         (RESULT, "member", [0, 2, 65535], "plan: .* it belongs to member 1"),
         (RESULT, "chunk", [0, 2], "plan: .* it belongs to member"),
@@ -353,7 +353,7 @@ def judged(head: bytes) -> str:
         (RESULT, "length", [0, 399, 401, 1 << 20, 2**32 - 1], "plan: .* bytes for chunk 1; 400 are planned"),
         (RESULT, "version", [1, 2**32 - 1], "not wanted: read and dropped"),  # its plan may be on its way
         (RESULT, "round_id", [b"s" * 16, bytes(16)], "no such round: dropped"),
-        (RESULT, "contributors", [0, 0b1000, 2**64 - 1], "peer: contributors .*: a mask of members"),
+        (RESULT, "contributors", [0, 0b1000, 2**64 - 1], "peer: contributors .*: members of this round"),
     ],
     ids=lambda value: value.kind.name if isinstance(value, Header) else str(value)[:20],
 )
