@@ -21,6 +21,7 @@ from .connection import Connection
 from .lifeline import Lifeline
 from .tensors import register
 
+EXAMINE_S = 20.0  # a daemon that examines itself asks others
 LEAVE_S = 120.0  # a daemon that leaves finishes its round first
 
 
@@ -127,6 +128,19 @@ class Daemon:
         """Return the peers that the daemon knows, with their links."""
         answer: list[dict[str, Any]] = self._query(control.Query("peers"))
         return answer
+
+    def examine(self, bootstrap: Iterable[str] = ()) -> list[dict[str, Any]]:
+        """Return what `mpd doctor` finds: a list of {check, verdict, says, advice}. Takes up to 10 s.
+
+        The daemon looks at the addresses in `bootstrap` (HOST:PORT) too. Raises LocalError if it is being examined.
+        """
+        connection = Connection(self.path)
+        try:
+            answer = connection.request(control.Examine(tuple(bootstrap)), control.Answer, EXAMINE_S)
+            findings: list[dict[str, Any]] = json.loads(answer.json)
+            return findings
+        finally:
+            connection.close()
 
     def leave(self, timeout: float = LEAVE_S) -> None:
         """Let the daemon finish its round, say goodbye to its peers, and exit; return when it has gone.

@@ -31,6 +31,7 @@ from .clients import lock_socket, serve_clients
 from .containment import counts, supervise
 from .containment import problem as problem_of_bugs
 from .dht import DhtConfig, open_dht
+from .doctor import Doctor, Patient
 from .lobby import LobbyServices
 from .logs import OnChange
 from .lookout import Lookout
@@ -142,6 +143,19 @@ class _Daemon:
         self._runs = Runs(services, sessions)
         self._runs.status = self._status
         self._runs.role = lambda: self._swarm.role
+        patient = Patient(
+            config=config,
+            swarm=self._swarm,
+            budgets=budgets,
+            rendezvous=rendezvous,
+            peers=self._peers,
+            dial_backs=switchboard.dial_backs,
+            wall_ms=_wall_ms,
+            run_facts=self._runs.rounds_facts,
+            held_bytes=lambda: self._runs.held_bytes,
+            problem=lambda: "; ".join(filter(None, (self._news.problem, self._renewal.problem))),
+        )
+        self._runs.look_into = Doctor(patient).examine
         switchboard.runs, switchboard.sessions, switchboard.peers = self._runs, sessions, self._peers
         switchboard.news = self._news
 

@@ -84,6 +84,9 @@ class Trainers(Protocol):
     def query(self, query: control.Query) -> str:
         """Return the answer as a JSON text. Raises LocalError if the question makes no sense."""
 
+    async def examine(self, request: control.Examine) -> str:
+        """Return what `mpd doctor` finds, as a JSON text. Takes up to 10 s. Raises LocalError if one is under way."""
+
     def leave(self) -> None:
         """Begin to shut the daemon down, and return at once."""
 
@@ -97,7 +100,7 @@ def lock_socket(socket_path: Path) -> Iterator[None]:
     folder = socket_path.parent
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _ensure_safe(folder)
+        ensure_safe(folder)
         fd = os.open(f"{socket_path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise Fatal(f"the socket cannot be made in {folder}: {error.strerror}; choose another --socket") from error
@@ -147,7 +150,8 @@ async def serve_clients(
         await trio.serve_listeners(serve, [trio.SocketListener(listener)])
 
 
-def _ensure_safe(folder: Path) -> None:
+def ensure_safe(folder: Path) -> None:
+    """Raise Fatal if other users could put something of theirs into `folder`."""
     info = folder.stat()
     others_may_write = info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX
     if info.st_uid not in (os.geteuid(), 0) or others_may_write:
@@ -294,6 +298,8 @@ class _Session:
                     self._running[1].cancel()
             case control.Query():
                 await self._frames.send(control.Answer(trainers.query(message)))
+            case control.Examine():
+                await self._frames.send(control.Answer(await trainers.examine(message)))
             case control.Leave():
                 self._serving.farewells.callback(self._frames.keep_open())
                 await self._frames.send(control.Leaving())

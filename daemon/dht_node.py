@@ -266,6 +266,8 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
             peers=len(self.protocol.router.contacts),
             bootstrap=tuple(self._bootstrap.states.items()),
             problem="; ".join(filter(None, problems)),
+            unasked=self.protocol.n_unasked,
+            clock=self._gate.problem,
         )
 
 

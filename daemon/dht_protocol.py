@@ -60,6 +60,7 @@ class GuardedProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia has n
         self._pings: dict[tuple[bytes, Address], Answer] = {}
         self._own_address: Address = ("", 0)
         self._maps_v4 = False
+        self.n_unasked = 0  # requests from addresses that we had not asked anything
 
     def __getattr__(self, name: str) -> Any:
         """Undo rpcudp's rule that every unknown attribute is a remote call."""
@@ -219,6 +220,7 @@ class GuardedProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia has n
             self.refused[reason] += 1
             return
         sender = Node(request.sender, *address)
+        self.n_unasked += self.contacts.at(address) is None and not self.calls.expects(address)
         if isinstance(request, m.Leave):
             self.contacts.left(sender)
         else:

@@ -120,33 +120,56 @@ def _checked(message: Any) -> Hello:
 # ------------------------------------------------------------------------------------------------- who is out there
 
 
-async def probe(endpoint: Endpoint, membership: Membership, wall_ms: Callable[[], int]) -> str:
-    """Return in a sentence who, if anybody, answers at `endpoint`, for whoever wonders why there is no contact."""
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """Who answers at an address by TCP: a member of this swarm, or `trouble` says why there is none.
+
+    `ahead_s`: how far its clock is ahead of ours, unless it did not say.
+    """
+
+    trouble: str
+    peer: PeerId | None = None
+    ahead_s: float | None = None
+    is_own: bool = False
+
+
+async def look_at(endpoint: Endpoint, membership: Membership, wall_ms: Callable[[], int]) -> Sight:
+    """Dial `endpoint` and see who answers there, if anybody does. Takes `HANDSHAKE_S` at most."""
     with trio.move_on_after(HANDSHAKE_S):
         try:
             stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
             try:
-                return await _look_at(stream, membership, wall_ms)
+                return await _look(stream, membership, wall_ms)
             finally:
                 await trio.aclose_forcefully(stream)
         except (OSError, PeerError, trio.BrokenResourceError) as error:
-            return why(error)
-    return f"nothing answered within {HANDSHAKE_S:g} s"
+            return Sight(why(error))
+    return Sight(f"nothing answered within {HANDSHAKE_S:g} s")
 
 
-async def _look_at(stream: trio.SocketStream, membership: Membership, wall_ms: Callable[[], int]) -> str:
+async def probe(endpoint: Endpoint, membership: Membership, wall_ms: Callable[[], int]) -> str:
+    """Return in a sentence who, if anybody, answers at `endpoint`, for whoever wonders why there is no contact."""
+    sight = await look_at(endpoint, membership, wall_ms)
+    if sight.peer is None:
+        return sight.trouble
+    if sight.is_own:
+        return "this daemon itself answers there"
+    if sight.ahead_s is not None and abs(sight.ahead_s) > MAX_CLOCK_ERROR_S:
+        which = "ahead of" if sight.ahead_s > 0 else "behind"
+        return f"its clock is {abs(sight.ahead_s):.0f} s {which} this machine's: set both clocks"
+    name, port = show_peer(sight.peer), endpoint.port
+    return f"a daemon of this swarm ({name}) answers there by TCP but not by UDP: open UDP port {port}"
+
+
+async def _look(stream: trio.SocketStream, membership: Membership, wall_ms: Callable[[], int]) -> Sight:
     connection = await shake_hands(stream, membership.client_context(pinned=False), alpn=ALPN)
     member = membership.check(leaf_of(connection))
     if member.peer == membership.own:
-        return "this daemon itself answers there"
+        return Sight("", member.peer, is_own=True)
     said = await Talk(connection).receive()
-    if said != Goodbye(CROSSED):
-        ahead_s = (_checked(said).wall_ms - wall_ms()) / 1000
-        if abs(ahead_s) > MAX_CLOCK_ERROR_S:
-            which = "ahead of" if ahead_s > 0 else "behind"
-            return f"its clock is {abs(ahead_s):.0f} s {which} this machine's: set both clocks"
-    name, port = show_peer(member.peer), stream.socket.getpeername()[1]
-    return f"a daemon of this swarm ({name}) answers there by TCP but not by UDP: open UDP port {port}"
+    if said == Goodbye(CROSSED):
+        return Sight("", member.peer)
+    return Sight("", member.peer, (_checked(said).wall_ms - wall_ms()) / 1000)
 
 
 # -------------------------------------------------------------------------------------------------- who calls whom

@@ -109,6 +109,7 @@ class Link:
         self.up = True
         self.member: Member  # what its certificate says; set by `Peers`, as is
         self.news = 0  # the number of its revocation list when the link was made
+        self.clock_ahead_s = 0.0  # of ours, when the link was made
         self._born = trio.current_time()
         self._heard_at = self._born
         self._scope: trio.CancelScope | None = None

@@ -94,6 +94,17 @@ class OutRegion(Region):
         _GENERATION.pack_into(self._map, 0, generation)
 
 
+def why_no_sealing() -> str:
+    """Return why this system cannot make regions that trainers cannot harm, or nothing."""
+    try:
+        OutRegion(mmap.PAGESIZE).close()
+    except LocalError as error:
+        return str(error)
+    except (AttributeError, OSError) as error:
+        return str(error)
+    return ""
+
+
 async def private(n_bytes: int) -> memoryview:
     """Return `n_bytes` of zeroed memory of our own, every page touched. Raises LocalError if there is too little."""
     _ensure_available(n_bytes)

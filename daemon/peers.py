@@ -101,6 +101,11 @@ class Peers:
         """Return all live links."""
         return [held.link for held in self._held.values()]
 
+    @property
+    def n_called(self) -> int:
+        """How many of the links were made by the peer: it could reach us."""
+        return sum(not held.is_caller for held in self._held.values())
+
     def snapshot(self) -> tuple[PeerStatus, ...]:
         """Return what `mpd peers` shows."""
         return tuple(
@@ -357,6 +362,7 @@ class Peers:
             remote=met.tls.transport_stream.socket.getpeername()[:2],
         )
         link.member, link.news = met.member, hello.news
+        link.clock_ahead_s = (hello.wall_ms - self._wall_ms()) / 1000
         return link
 
     async def _carry(self, link: Link) -> None:

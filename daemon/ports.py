@@ -46,6 +46,24 @@ def bound(wanted: Endpoint, state: StateDir) -> Iterator[tuple[socket.socket, so
         yield tcp, udp, listen
 
 
+def why_not_free(wanted: Endpoint) -> tuple[str, str]:
+    """Return why a daemon could not listen at `wanted` by TCP, and why not by UDP; nothing where it could."""
+    troubles = []
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        try:
+            family, _, _, _, address = socket.getaddrinfo(wanted.host, wanted.port, type=kind)[0]
+            with socket.socket(family, kind) as sock:
+                if kind == socket.SOCK_STREAM:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(address)
+                if kind == socket.SOCK_STREAM:
+                    sock.listen(1)  # of two that may reuse an address only one may listen there
+            troubles.append("")
+        except OSError as error:
+            troubles.append(error.strerror or str(error))
+    return troubles[0], troubles[1]
+
+
 async def own_address(net: NetConfig, listen: Endpoint) -> tuple[Endpoint, bool]:
     """Return where others are told to dial us (port 0: nowhere), and whether we may take that for granted."""
     if net.outbound_only:

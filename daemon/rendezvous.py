@@ -38,12 +38,15 @@ class RendezvousStatus:
     """How finding each other goes.
 
     `peers` counts the live peers known, `bootstrap` pairs each address as it was given with a sentence on how it fares,
-    and `problem` is a sentence, or empty when there is nothing to say.
+    and `problem` is a sentence, or empty when there is nothing to say; `clock` is what of it is about clocks. `unasked`
+    counts the requests that came from addresses which had not been asked anything.
     """
 
     peers: int
     bootstrap: tuple[tuple[str, str], ...] = ()
     problem: str = ""
+    unasked: int = 0
+    clock: str = ""
 
 
 class Rendezvous(Protocol):

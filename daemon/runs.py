@@ -7,14 +7,16 @@ to: it looks at each message just far enough to know whose it is.
 import functools
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
 import trio
 
-from mpd.control import Attach, Query
+from mpd.control import Attach, Examine, Query
+from mpd.doctor import Rounds
 from mpd.errors import LocalError, PeerError
+from mpd.findings import Finding
 from mpd.ids import Endpoint, PeerId, RoundId, show_peer
 from mpd.layout import Layout, Terms
 from mpd.matchmaking import MAX_DETAIL_CHARS
@@ -51,6 +53,7 @@ from .sessions import Sessions
 MAX_RUN_NAME_CHARS = 256
 _FEW_TENSORS = 5000  # 10 ms: what other runs may have to wait
 OBSERVER = "observer"
+_RECENT_ROUNDS = 20  # what a doctor looks at
 
 
 class Runs:
@@ -60,6 +63,7 @@ class Runs:
         self.peer = services.own
         self.status: Callable[[], dict[str, Any]] = dict
         self.role: Callable[[], str] = str  # what this machine may do in its swarm
+        self.look_into: Callable[[tuple[str, ...]], Awaitable[list[Finding]]]  # what `mpd doctor` asks; set by `app`
         self.leaving = trio.Event()
         self._services = services
         self._sessions = sessions
@@ -139,6 +143,10 @@ class Runs:
             return json.dumps([vars_of(status) for status in self._services.peers.snapshot()])
         raise LocalError(f"{query.what!r} is nothing to ask for: status, rounds or peers expected")
 
+    async def examine(self, request: Examine) -> str:
+        """Return what `mpd doctor` finds, as a JSON text. Raises LocalError if somebody else asks just now."""
+        return json.dumps([vars_of(finding) for finding in await self.look_into(request.bootstrap)])
+
     def leave(self) -> None:
         """Begin to shut down: the round in progress is finished first."""
         self.leaving.set()
@@ -161,6 +169,22 @@ class Runs:
         """A peer is gone for every run."""
         for run in list(self._runs.values()):
             run.lobby.on_gone(peer, reason)
+
+    def rounds_facts(self) -> list[Rounds]:
+        """Return how the last rounds of each run went, for `mpd doctor`."""
+        facts = []
+        for run in self._runs.values():
+            last = list(run.history.records)[-_RECENT_ROUNDS:]
+            imperfect = run.history.last_imperfect
+            cause = "" if imperfect is None else "; ".join([imperfect["reason"], *imperfect["missing"].values()])
+            n_averaged, n_perfect = (sum(record[key] for record in last) for key in ("averaged", "perfect"))
+            facts.append(Rounds(run.name, len(last), n_averaged, n_perfect, cause.strip("; ")))
+        return facts
+
+    @property
+    def held_bytes(self) -> int:
+        """The vectors of all runs here, each counted once."""
+        return sum(run.terms.layout.n_bytes for run in self._runs.values())
 
     def _describe(self, run: Run) -> dict[str, Any]:
         lobby = run.lobby

@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from mpd import __version__
+from mpd.cli_doctor import doctor
 from mpd.cli_options import ADDRESS, JSON, SOCKET, STATE_DIR, default_state_dir
 from mpd.cli_swarm import swarm
 from mpd.config import DEFAULT_PORT, DaemonConfig, NetConfig
@@ -57,6 +58,7 @@ def cli() -> None:
 
 
 cli.add_command(swarm)
+cli.add_command(doctor)
 
 
 @cli.command()

@@ -140,8 +140,18 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
+class Examine:
+    """Anyone: look what is wrong, for `mpd doctor`; look at the addresses in `bootstrap` (HOST:PORT) too.
+
+    The answer is a list of findings and takes up to 10 s.
+    """
+
+    bootstrap: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """Daemon's answer to `Query`: a JSON text."""
+    """Daemon's answer to `Query` and `Examine`: a JSON text."""
 
     json: str
 
@@ -176,6 +186,7 @@ LOCAL = Vocabulary(
     Release,
     Cancel,
     Query,
+    Examine,
     Answer,
     Leave,
     Leaving,

@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from mpd.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
 from mpd.seal import NO_SEAL
 
 _SHORT_ID_CHARS = 8
@@ -102,6 +103,28 @@ def show_peers(peers: list[dict[str, Any]], console: Console | None = None) -> N
             str(peer["rounds"]),
         )
     console.print(table)
+
+
+_STYLES = {PROBLEM: "red", WARNING: "yellow", OK: "green", NOT_CHECKED: "dim"}
+
+
+def show_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
+    """Print what `mpd doctor` has found: a sentence for each check, and below it what to do."""
+    console = console or Console()
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column(overflow="fold")
+    for each in findings:
+        grid.add_row(Text(each.verdict, _STYLES.get(each.verdict, "")), _plain(each.check), _plain(each.says))
+        if each.advice:
+            grid.add_row("", "", _plain(f"-> {each.advice}", "cyan"))
+    console.print(grid)
+    console.print()
+    counts = [(sum(each.verdict == verdict for each in findings), verdict) for verdict in _STYLES]
+    plural = {PROBLEM: "problems", WARNING: "warnings"}
+    said = [f"{n} {plural.get(v, v) if n != 1 else v}" for n, v in counts if n]
+    console.print(", ".join(said))
 
 
 Row = tuple[Text, ...]

@@ -123,6 +123,9 @@ class Trainers:
             raise LocalError(f"{query.what!r} is no question")
         return json.dumps({"what": query.what, "run": query.run, "last": query.last})
 
+    async def examine(self, request: control.Examine) -> str:
+        return json.dumps([{"check": "bootstrap", "says": address} for address in request.bootstrap])
+
     def leave(self) -> None:
         self.left.set()
 

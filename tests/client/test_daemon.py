@@ -125,3 +125,8 @@ def test_a_folder_that_others_could_have_made_is_refused(
         nowhere.rename(nowhere.parent / f"mpd-{me + 1}")
     with pytest.raises(LocalError, match="must be a folder of yours with mode 700"):
         default_socket_path()
+
+
+def test_an_examination_is_passed_on(daemon: Daemon) -> None:
+    found = daemon.examine(["192.0.2.1:1", "192.0.2.2:2"])
+    assert found == [{"check": "bootstrap", "says": "192.0.2.1:1"}, {"check": "bootstrap", "says": "192.0.2.2:2"}]

@@ -98,6 +98,11 @@ class Trainers:
             raise LocalError("ask for status, rounds or peers")
         return '{"version": 1}'
 
+    async def examine(self, request: control.Examine) -> str:
+        if request.bootstrap:
+            raise LocalError("this daemon is being examined already")
+        return "[]"
+
     def leave(self) -> None:
         self.left.set()
 
@@ -267,6 +272,13 @@ async def test_questions_are_answered_while_a_step_runs(client: Client, trainers
     assert is_refused(await client.ask(control.Step(2, 1.0, 30.0)), "step 1 is still running: one at a time")
     trainers.seats[0].gate.set()
     assert await client.hear() == trainers.seats[0].answer
+
+
+async def test_an_examination_is_answered_or_refused(client: Client, trainers: Trainers) -> None:
+    await client.ask(HELLO)
+    assert await client.ask(control.Examine()) == control.Answer("[]")
+    assert is_refused(await client.ask(control.Examine(("192.0.2.1:1",))), "this daemon is being examined already")
+    assert await client.ask(control.Query("status")) == control.Answer('{"version": 1}')
 
 
 async def test_what_cannot_be_done_is_refused_and_the_connection_goes_on(client: Client, trainers: Trainers) -> None:
