@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import trio
-from fake_peers import FakeDaemon, Swarm, peer, terms
+from fake_peers import FakeDaemon, Swarm, terms
 from trio.testing import MockClock
 
 from mpd.daemon.contacts import FORGET_S, MAX_WAITING, TOLD_S, Contacts
@@ -233,19 +233,6 @@ async def test_a_forged_address_keeps_nobody_from_being_dialled_for_long(
     caller.contacts.call(other.own)
     await pass_time(11)
     assert caller.daemon.peers.get(other.own) is not None
-
-
-async def test_those_we_wait_for_are_watched_and_nobody_else(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    swarm, caller, one = setup(nursery)
-    other = swarm.daemon()
-    for each in (one, other):
-        caller.contacts.note(seen(each))
-        caller.contacts.call(each.own)
-    await pass_time(0.1)
-    links = [caller.daemon.peers.get(each.own) for each in (one, other)]
-    for peers, awaited in (([one.own], [1, 0]), ([one.own, other.own, peer(99)], [1, 1]), ([], [0, 0])):
-        caller.contacts.watch(peers)
-        assert [link.awaited for link in links] == awaited
 
 
 async def test_absences_are_told_for_a_while_only(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
