@@ -162,7 +162,7 @@ class Task:
 
     def heed(self) -> None:
         """Something was cancelled: perhaps this task."""
-        if self.is_cancelled():
+        if self is not running.task and self.is_cancelled():  # who runs finds out when it waits next
             self._resume_soon(cancel=True)
 
     def dispose(self) -> None:

@@ -210,7 +210,7 @@ class Network:
         peers = self.at[index]
         peers.machine.thaw()
         for link in peers.links():
-            if link.busy and frozen_s > link.patience_s and self.rng.random() < 0.5:
+            if link.is_watched and frozen_s > link.patience_s and self.rng.random() < 0.5:
                 peers.machine.soon(lambda link=link: link.close("nothing was heard from it for a while"))
         self._kick()
 

@@ -109,7 +109,7 @@ class Oracle:
         """A new life: hear of its rounds."""
         begin_round = daemon.sessions.begin
 
-        def begin(begin: Begin, me: int, vault: Any, deadline: float) -> RoundSession:
+        def begin(begin: Begin, me: int, vault: Any, *limits: Any, **named_limits: Any) -> RoundSession:
             book = self.books.setdefault(begin.round_id, Book(begin))
             self.check(book.begin == begin, "I2: two BEGINs have one round id")
             close = vault.close
@@ -129,7 +129,7 @@ class Oracle:
             live = Live(daemon, None, bytes(vault._inputs), self.world.scheduler.now)  # type: ignore[arg-type]
             book.lives[me].append(live)
             self.check(len(book.lives[me]) == 1, f"member {me} enters round {begin.round_id.hex()} a second time")
-            live.session = begin_round(begin, me, vault, deadline)
+            live.session = begin_round(begin, me, vault, *limits, **named_limits)
             live.session.cancel = watched_cancel  # type: ignore[method-assign]
             live.time_s = live.deadline - daemon.machine.clock()
             self._live.setdefault(daemon, []).append(live)
@@ -233,6 +233,7 @@ class Oracle:
         memory: Memory = region
         if memory.published:
             self.check(memory.published == memory.view, "I3: what the trainer was given was written again")
+        memory.published = b""  # by asking it lets go of that
 
     def judge_step(self, daemon: Daemon, stepped: Stepped, region: Any, began: float, timeout_s: float) -> None:
         """A trainer has its answer."""

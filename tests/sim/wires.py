@@ -130,8 +130,8 @@ class Link:
         self.control = Lane(network, self, 0, is_data=False)
         self.data = Lane(network, self, network.window, is_data=True)
         self._network = network
-        self._busy = 0
-        self._busy_since = 0.0
+        self._busy = self._awaited = 0
+        self._watched_since = 0.0
         self._arrived: deque[tuple[Lane, Any]] = deque()
         self._news = Event()
         self._n_open = 2  # lanes of the other end
@@ -139,15 +139,33 @@ class Link:
     # what the daemon uses
 
     @property
+    def is_watched(self) -> bool:
+        """True if a round depends on this link, or a group that forms expects signs of life."""
+        return self._busy > 0 or self._awaited > 0
+
+    @property
     def busy(self) -> int:
         """How many rounds depend on this link."""
         return self._busy
 
     @busy.setter
-    def busy(self, busy: int) -> None:
-        if busy and not self._busy:
-            self._busy_since = self._network.scheduler.now
-        self._busy = busy
+    def busy(self, n_rounds: int) -> None:
+        self._watch_from_now_on()
+        self._busy = n_rounds
+
+    @property
+    def awaited(self) -> int:
+        """How many groups that form expect signs of life."""
+        return self._awaited
+
+    @awaited.setter
+    def awaited(self, n_lobbies: int) -> None:
+        self._watch_from_now_on()
+        self._awaited = n_lobbies
+
+    def _watch_from_now_on(self) -> None:
+        if not self.is_watched:
+            self._watched_since = self._network.scheduler.now
 
     def send(self, message: Any) -> None:
         if self.up and self.is_alive():
@@ -252,8 +270,8 @@ class Link:
             if not self.up or not is_silent():
                 return
             now = self._network.scheduler.now
-            silent_s = now - (max(since, self._busy_since) if self.busy else since)
-            if silent_s > (self.patience_s if self.busy else IDLE_PATIENCE_S):
+            silent_s = now - (max(since, self._watched_since) if self.is_watched else since)
+            if silent_s > (self.patience_s if self.is_watched else IDLE_PATIENCE_S):
                 self.close(f"nothing was heard from it for {silent_s:.1f} s")
             else:
                 machine.at(machine.clock() + self.patience_s / 4, look)
