@@ -38,7 +38,7 @@ from .lookout import Lookout
 from .news import NewsDesk
 from .peers import Peers
 from .ports import bound, own_address
-from .process import count_regions, keep_memory_private
+from .process import count_held, keep_memory_private
 from .rendezvous import Rendezvous
 from .renewal import Renewal
 from .runs import Runs, Switchboard
@@ -252,7 +252,7 @@ class _Daemon:
             "links": len(peers.links()),
             "suites": list(peers.suites),
             "budgets": self._budgets.snapshot(),
-            "regions": count_regions(),
+            "held": {**count_held(), "tasks": trio.lowlevel.current_statistics().tasks_living, "calls": dht.calls},
             "unexpected": counts(),
             "problem": self._problem(),
             "version": mpd.__version__,

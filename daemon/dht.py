@@ -10,6 +10,7 @@ one it serves its own records. `dht_node.py` has the node, `dht_gate.py` the gat
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import trio
 
@@ -43,7 +44,7 @@ class Dht:
         return await self._opened().call(self._node.seek, bytes(key))
 
     def snapshot(self) -> RendezvousStatus:
-        return self._node.status
+        return replace(self._node.status, calls=len(self._node.protocol.calls.waiting))
 
     def refused(self) -> dict[str, int]:
         """Return how many datagrams were dropped so far, by reason, and under `own error` how often we failed."""

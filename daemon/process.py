@@ -24,3 +24,15 @@ def count_regions() -> int:
         with contextlib.suppress(FileNotFoundError):  # that of the listing itself
             regions += os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:")
     return regions
+
+
+def count_held() -> dict[str, int]:
+    """Return what this process holds of what may leak: resident bytes, descriptors, regions and threads."""
+    with open("/proc/self/statm", "rb") as statm:
+        resident_pages = int(statm.read().split()[1])
+    return {
+        "resident_bytes": resident_pages * resource.getpagesize(),
+        "descriptors": len(os.listdir("/proc/self/fd")) - 1,  # that of the listing itself
+        "regions": count_regions(),
+        "threads": len(os.listdir("/proc/self/task")),
+    }

@@ -39,7 +39,8 @@ class RendezvousStatus:
 
     `peers` counts the live peers known, `bootstrap` pairs each address as it was given with a sentence on how it fares,
     and `problem` is a sentence, or empty when there is nothing to say; `clock` is what of it is about clocks. `unasked`
-    counts the requests that came from addresses which had not been asked anything.
+    counts the requests that came from addresses which had not been asked anything, `calls` the questions that wait for
+    an answer.
     """
 
     peers: int
@@ -47,6 +48,7 @@ class RendezvousStatus:
     problem: str = ""
     unasked: int = 0
     clock: str = ""
+    calls: int = 0
 
 
 class Rendezvous(Protocol):

@@ -112,7 +112,7 @@ class DaemonProcess:
 
     def memory_regions(self) -> int:
         """Return how many pieces of shared memory the process holds."""
-        return int(self.status()["regions"])
+        return int(self.status()["held"]["regions"])
 
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -246,9 +246,9 @@ class Background(Generic[T]):
     def is_done(self) -> bool:
         return self._future.done()
 
-    def join(self) -> T:
+    def join(self, patience_s: float | None = 2 * STEP_S) -> T:
         """Return the result, or raise what the job raised."""
-        return self._future.result(2 * STEP_S)
+        return self._future.result(patience_s)
 
     def wait(self) -> T:
         """Like `join`, for as long as it takes."""

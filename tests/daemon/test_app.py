@@ -116,6 +116,8 @@ async def test_status_has_what_the_documentation_promises(tmp_path: Path) -> Non
         assert status["listen"] == status["announce"] == str(daemon.listen)
         assert status["dht"] == {"peers": 0, "bootstrap": [], "problem": ""}
         assert status["runs"] == []
+        assert set(status["held"]) == {"resident_bytes", "descriptors", "regions", "threads", "tasks", "calls"}
+        assert all(n > 0 for name, n in status["held"].items() if name not in ("regions", "calls"))
         assert status["version"] == mpd.__version__
         assert 0 <= status["uptime_s"] < PATIENCE_S
         assert status["reachable"] is True

@@ -95,6 +95,8 @@ async def test_a_dead_bootstrap_is_said_and_found_when_it_appears() -> None:
     port = free_port()
     async with open_dht(config(1, udp_socket(), Endpoint("127.0.0.1", port), Endpoint("no.such.invalid", 1))) as dht:
         await dht.announce(KEY, b"early", 60)
+        await eventually(lambda: dht.snapshot().calls > 0)
+        await eventually(lambda: dht.snapshot().calls == 0)
         await eventually(lambda: "not asked yet" not in dict(dht.snapshot().bootstrap).values())
         states = dict(dht.snapshot().bootstrap)
         assert states[f"127.0.0.1:{port}"] == "unreachable: no answer"

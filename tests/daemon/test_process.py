@@ -4,10 +4,11 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from mpd.daemon.process import count_regions
+from mpd.daemon.process import count_held, count_regions
 
 CHILD = """
 import sys
@@ -28,13 +29,27 @@ def test_memory_stays_private() -> None:
 
 
 def test_regions_are_counted() -> None:
-    before = count_regions()
+    before, held = count_regions(), count_held()
     fds = [os.memfd_create("mpd"), os.memfd_create("mpd")]
     try:
         assert count_regions() == before + 2
+        assert count_held()["regions"] == before + 2
+        assert count_held()["descriptors"] == held["descriptors"] + 2
     finally:
         for fd in fds:
             os.close(fd)
     assert count_regions() == before
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fds[0])
+
+
+def test_threads_and_memory_are_counted() -> None:
+    before, gate = count_held(), threading.Event()
+    thread = threading.Thread(target=gate.wait)
+    thread.start()
+    block = bytearray(b"x") * (64 << 20)
+    held = count_held()
+    gate.set()
+    thread.join()
+    assert held["threads"] == before["threads"] + 1
+    assert held["resident_bytes"] - before["resident_bytes"] > len(block) // 2
