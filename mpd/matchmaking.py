@@ -120,6 +120,7 @@ class Matchmaker:
         # Announcements outlive those who made them; but while nobody waits for us, there is time to try again.
         peer = self._register.meet(now, sighting.peer, sighting.ready, revive=sighting.ready or self._ticket is None)
         peer.inbound = sighting.inbound
+        peer.silent |= sighting.silent
         if sighting.ready:
             _invited_by(peer, sighting.stamp)
         self._settle(now)

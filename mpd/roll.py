@@ -18,6 +18,7 @@ MAX_HEARSAY = 512  # peers remembered though they have not spoken to us; a hosti
 # Why a live peer is not in a group.
 READY = "was ready {until}, and had not joined this group"
 NOT_READY = "its trainer had not asked for a step {until}"
+SILENT = "was waited for in vain, and has said nothing since"
 
 UNKNOWN_STAMP = -1  # of a peer that has not said that it is ready; smaller than any published one
 
@@ -96,12 +97,16 @@ MOVES: dict[State, dict[Move, State]] = {
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """A peer seen in this slot. `ready`, with its stamp, is its own word; without it this may be stale or hearsay."""
+    """A peer seen in this slot. `ready`, with its stamp, is its own word; without it this may be stale or hearsay.
+
+    `silent`: it was waited for in vain, and has said nothing since.
+    """
 
     peer: PeerId
     inbound: bool
     ready: bool
     stamp: int
+    silent: bool = False
 
 
 def rank(peer: PeerId, inbound: bool, stamp: int) -> Rank:
@@ -119,6 +124,7 @@ class Known:
     inbound: bool = True
     stamp: int = UNKNOWN_STAMP
     gone: str = ""  # why it does not count in this attempt
+    silent: bool = False  # nobody waits for it until it speaks
     ticket: Join | None = None  # it follows us
     time_ends_s: float = math.inf  # of its step, as far as its ticket says
     knows_us: bool = False
@@ -148,8 +154,8 @@ class Register:
     def meet(self, now: float, peer: PeerId, in_person: bool, revive: bool) -> Known:
         """Return what is known of `peer`, from now on at the latest.
 
-        Who is gone begins afresh if `revive`. Once `MAX_HEARSAY` peers are known, what is said about others than those
-        who speak `in_person` is forgotten at once.
+        Who is gone begins afresh if `revive`, and who speaks `in_person` is not silent. Once `MAX_HEARSAY` peers are
+        known, what is said about others than those who speak `in_person` is forgotten at once.
         """
         known = self.peers.get(peer)
         if known is None or (known.gone and revive):
@@ -157,6 +163,7 @@ class Register:
             if in_person or len(self.peers) < MAX_HEARSAY:
                 self.peers[peer] = known
                 self.news_s = now
+        known.silent &= not in_person
         return known
 
     def lose(self, peer: PeerId, reason: str) -> None:
@@ -171,18 +178,20 @@ class Register:
 
     @property
     def awaited(self) -> tuple[PeerId, ...]:
-        """Live peers that have not joined us."""
-        return tuple(peer for peer, known in self.peers.items() if not known.gone and known.ticket is None)
+        """Live peers that have not joined us and are worth waiting for."""
+        live = (peer for peer, known in self.peers.items() if not known.gone and not known.silent)
+        return tuple(peer for peer in live if self.peers[peer].ticket is None)
 
     @property
     def lost(self) -> tuple[PeerId, ...]:
-        """Peers that were announced and are gone."""
-        return tuple(peer for peer, known in self.peers.items() if known.gone)
+        """Peers that were announced and are gone or silent."""
+        return tuple(peer for peer, known in self.peers.items() if known.gone or known.silent)
 
     def missing(self, *, until: str) -> dict[PeerId, str]:
         """Return why each peer that had not joined us `until` some moment, told in words, is missing."""
         return {
-            peer: known.gone or (READY if known.is_ready else NOT_READY).format(until=until)
+            peer: known.gone
+            or (SILENT if known.silent else (READY if known.is_ready else NOT_READY).format(until=until))
             for peer, known in self.peers.items()
             if known.ticket is None
         }

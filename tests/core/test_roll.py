@@ -11,6 +11,7 @@ from mpd.messages import MAX_MEMBERS
 from mpd.roll import (
     MAX_HEARSAY,
     MOVES,
+    SILENT,
     MatchLimits,
     Move,
     Register,
@@ -142,6 +143,16 @@ def test_who_is_gone_comes_back_only_if_it_may() -> None:
     assert (register.lost, register.news_s) == ((A,), 1.0)
     assert not register.meet(3.0, A, in_person=True, revive=True).asked
     assert (register.awaited, register.news_s) == ((A,), 3.0)
+
+
+def test_who_was_waited_for_in_vain_counts_again_when_it_speaks() -> None:
+    register = Register()
+    register.meet(1.0, A, in_person=False, revive=False).silent = True
+    register.meet(2.0, A, in_person=False, revive=True)
+    assert (register.awaited, register.lost) == ((), (A,))
+    assert register.missing("late") == {A: SILENT}
+    register.meet(3.0, A, in_person=True, revive=True)
+    assert (register.awaited, register.lost) == ((A,), ())
 
 
 def test_losing_a_stranger_is_no_news() -> None:

@@ -505,6 +505,27 @@ async def test_a_dead_peer_is_out_of_the_next_group_at_once(
         await sleep(5)
 
 
+async def test_a_line_waits_once_for_a_frozen_peer_and_takes_it_back_when_it_thaws(
+    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = await settled(Swarm(nursery), 4)
+    await all_ask(members)
+    frozen, others = members[-1], members[:-1]
+    kept: list[tuple[Any, Any]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(frozen.lobby, "on_message", lambda link, message: kept.append((link, message)))
+        durations = []
+        for _ in range(4):
+            began = trio.current_time()
+            assert all(group(verdict) == ids(others) for verdict in await all_ask(others))
+            durations.append(trio.current_time() - began)
+    assert durations[0] == pytest.approx(WINDOW_S, abs=0.5)
+    assert max(durations[1:]) < 0.5
+    for link, message in kept:
+        frozen.lobby.on_message(link, message)
+    assert all(group(verdict) == ids(members) for verdict in await all_ask(members))
+
+
 @pytest.mark.parametrize(("n", "group_size"), [(4, 16), (9, 3)])
 async def test_a_peer_that_said_goodbye_is_out_of_the_next_group_at_once(
     n: int, group_size: int, nursery: trio.Nursery, autojump_clock: MockClock
