@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from mpd import __version__
+from mpd.cli_chaos import chaos
 from mpd.cli_doctor import doctor
 from mpd.cli_options import ADDRESS, JSON, SOCKET, STATE_DIR, default_state_dir
 from mpd.cli_swarm import swarm
@@ -59,6 +60,7 @@ def cli() -> None:
 
 cli.add_command(swarm)
 cli.add_command(doctor)
+cli.add_command(chaos)
 
 
 @cli.command()

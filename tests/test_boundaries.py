@@ -59,15 +59,11 @@ LINE = (
     "cli_options",
     "cli_swarm",
     "cli_doctor",
+    "cli_chaos",
     "cli",
 )
-RIM = {
-    "show",
-    "cli_options",
-    "cli_swarm",
-    "cli_doctor",
-    "cli",
-}  # they meet people: a terminal, the environment, exit codes
+COMMANDS = {"cli_swarm", "cli_doctor", "cli_chaos", "cli"}
+RIM = {"show", "cli_options", *COMMANDS}  # they meet people: a terminal, the environment, exit codes
 
 CORE_PACKAGES = {"numpy", "msgspec", "zstandard", "cryptography"}
 RIM_PACKAGES = {"click", "rich", "trio"}
@@ -196,7 +192,7 @@ def test_the_core_is_a_straight_line() -> None:
         for found in module.imports():
             if found.module.startswith("."):
                 broken.append(f"{module.at(found.line)} imports {found.module}: write mpd.x in the core")
-            elif found.package == "mpd" and module.name not in ("cli", "cli_swarm", "cli_doctor"):
+            elif found.package == "mpd" and module.name not in COMMANDS:
                 target = found.module.split(".")[1] if "." in found.module else ""
                 if target not in before and target != "__version__":
                     broken.append(f"{module.at(found.line)} imports {found.module}, which does not stand before it")
@@ -207,7 +203,7 @@ def test_the_command_line_opens_the_other_rooms_lazily() -> None:
     broken = [
         f"{module.at(found.line)} imports {found.module} at the top"
         for module in modules("mpd")
-        if module.name in ("cli", "cli_swarm", "cli_doctor")
+        if module.name in COMMANDS
         for found in module.imports()
         if found.module.startswith(("mpd.daemon", "mpd.client", "mpd.show", "trio")) and not found.lazy
     ]
