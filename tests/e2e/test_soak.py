@@ -11,7 +11,17 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from e2e_swarm import STEP_S, Background, DaemonProcess, Swarm, averagers, eventually, new_run, wait_for_company
+from e2e_swarm import (
+    STEP_S,
+    Background,
+    DaemonProcess,
+    Swarm,
+    averagers,
+    contributors_of,
+    eventually,
+    new_run,
+    wait_for_company,
+)
 
 from mpd.client import Averager
 
@@ -34,16 +44,20 @@ def lasting(daemons: list[DaemonProcess]) -> list[dict[str, int]]:
     return [{name: each[name] for name in MAY_COME} for each in held(daemons)]
 
 
-def do_rounds(averager: Averager, vector: np.ndarray, own: float, n: int) -> list[float]:
-    """Do `n` steps with `own` in every element; return what came out, the mean of which is exact."""
-    means = []
+def do_rounds(averager: Averager, vector: np.ndarray, own: float, n: int) -> int:
+    """Do `n` steps with `own` in every element; return how many of them were of all peers.
+
+    On a busy machine a peer may be given up for a round; what a step returns is exact all the same.
+    """
+    n_whole = 0
     for _ in range(n):
         vector[:] = own
         outcome = averager.step(timeout=STEP_S)
-        assert outcome.averaged, outcome
-        assert (vector == vector[0]).all()
-        means.append(float(vector[0]))
-    return means
+        if outcome.averaged:
+            n_whole += contributors_of(vector, N_PEERS) == [frozenset(range(N_PEERS))]
+        else:
+            assert (vector == own).all()
+    return n_whole
 
 
 @pytest.mark.timeout(0 if SOAK else 60)
@@ -63,10 +77,8 @@ def test_nothing_leaks_in_many_rounds(swarm: Swarm, score: Callable[..., None]) 
                 Background(lambda a=a, v=v, i=i: do_rounds(a, v, 2.0**i, n))  # type: ignore[misc]
                 for i, (a, v) in enumerate(zip(attached, vectors, strict=True))
             ]
-            results = [step.join(None) for step in steps]
-            assert all(result == results[0] for result in results)
+            n_whole += min(step.join(None) for step in steps)
             n_done += n
-            n_whole += sum(mean == (2.0**N_PEERS - 1) / N_PEERS for mean in results[0])
             samples.append((n_done, [each["resident_bytes"] for each in held(daemons)]))
 
         do(WARM_ROUNDS)
@@ -92,6 +104,7 @@ def test_nothing_leaks_in_many_rounds(swarm: Swarm, score: Callable[..., None]) 
         )
         final = lasting(daemons)
     assert set(os.listdir("/dev/shm")) <= shm
+    assert n_whole >= n_done / 2, "these were other rounds than the ones to be looked at"
     late = [(n, sizes) for n, sizes in samples if n >= WARM_ROUNDS]
     slopes = np.polyfit([n for n, _ in late], [sizes for _, sizes in late], 1)[0]
     more = {
