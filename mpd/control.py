@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from mpd.errors import LocalError
 from mpd.layout import MAX_WEIGHT, TensorSpec
+from mpd.manifest import MAX_METADATA_BYTES
 from mpd.vocabulary import Vocabulary
 
 CONTROL_VERSION = 1
@@ -75,18 +76,23 @@ class SnapshotOpened:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Trainer: average what lies in `source`, "in" or "snapshot". That region is the daemon's until `Stepped`."""
+    """Trainer: average what lies in `source`, "in" or "snapshot". That region is the daemon's until `Stepped`.
+
+    `metadata` (at most 64 KiB) are kept with the result, for those who load it.
+    """
 
     seq: int
     weight: float
     timeout_s: float
     source: str = "in"
+    metadata: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.weight <= MAX_WEIGHT:
             raise ValueError(f"weight is {self.weight}: a positive number up to {MAX_WEIGHT:g} expected")
-        if not 0 < self.timeout_s < float("inf"):
-            raise ValueError(f"timeout is {self.timeout_s}: a positive number of seconds expected")
+        _ensure_seconds(self.timeout_s)
+        if len(self.metadata) > MAX_METADATA_BYTES:
+            raise ValueError(f"metadata have {len(self.metadata)} bytes: at most {MAX_METADATA_BYTES} expected")
         if self.source not in ("in", "snapshot"):
             raise ValueError(f"source is {self.source!r}: 'in' or 'snapshot' expected")
 
@@ -128,6 +134,38 @@ class Cancel:
     """Trainer: I no longer want step `seq`. It is still answered by one `Stepped`."""
 
     seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """Trainer: get me the run's current vector from its peers. Counts as step `seq` for `Cancel` and `Release`."""
+
+    seq: int
+    timeout_s: float
+
+    def __post_init__(self) -> None:
+        _ensure_seconds(self.timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class StateLoaded:
+    """Daemon's answer to `LoadState` number `seq`.
+
+    If `loaded`, one descriptor rides along: a fresh out region that holds the vector as `generation` and replaces the
+    one known so far. `number` counts the rounds behind it, `sources` are the peers that delivered parts of it, and
+    `dropped` says who was given up and why; peers are named in their printed form.
+    """
+
+    seq: int
+    loaded: bool
+    reason: str
+    number: int = 0
+    metadata: bytes = field(default=b"", repr=False)
+    sources: tuple[str, ...] = ()
+    dropped: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    bytes_received: int = 0
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +221,8 @@ LOCAL = Vocabulary(
     SnapshotOpened,
     Step,
     Stepped,
+    LoadState,
+    StateLoaded,
     Release,
     Cancel,
     Query,
@@ -192,6 +232,11 @@ LOCAL = Vocabulary(
     Leaving,
     Refused,
 )
+
+
+def _ensure_seconds(value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"timeout is {value}: a positive number of seconds expected")
 
 
 def pack(message: object) -> bytes:

@@ -11,6 +11,7 @@ from mpd.errors import RoundFailed
 from mpd.grid import Shape, axis_of, line_of, on_grid, seating
 from mpd.ids import ROUND_ID_BYTES, PeerId
 from mpd.layout import MAX_WEIGHT
+from mpd.manifest import MAX_NUMBER
 from mpd.mass import shares
 from mpd.messages import Begin, Join, Member
 from mpd.schedule import chunk_bytes_for, tempered_fractions
@@ -82,6 +83,7 @@ def compose_begin(
         timeout_s=max(ticket.time_left_s for ticket in tickets),
         progress_s=progress_s,
         left_out={bytes(peer): why for peer, why in list(left_out.items())[:MAX_LEFT_OUT]},
+        age=min(MAX_NUMBER, 1 + max(ticket.age for ticket in tickets)),
     )
 
 

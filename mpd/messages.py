@@ -1,8 +1,9 @@
 """What two peers say to each other on their control connection.
 
-Three conversations share it: the link itself (hello, data connection, keep-alive), matchmaking inside one slot, and
-the exchange of one round, whose messages travel inside `Scoped` so that they need not repeat the round id. All is
-checked while it is decoded; what a message means is decided by the machines that receive it.
+Four conversations share it: the link itself (hello, data connection, keep-alive), matchmaking inside one slot, the
+exchange of one round, whose messages travel inside `Scoped` so that they need not repeat the round id, and states for
+late joiners (mpd.state_messages). All is checked while it is decoded; what a message means is decided by the machines
+that receive it.
 """
 
 import math
@@ -12,8 +13,10 @@ from mpd.errors import PeerError
 from mpd.grid import MAX_PEERS
 from mpd.ids import PEER_ID_BYTES, ROUND_ID_BYTES, Endpoint
 from mpd.layout import TensorSpec
+from mpd.manifest import MAX_NUMBER
 from mpd.mass import MAX_MASS, Standing
 from mpd.schedule import BORDER_BYTES
+from mpd.state_messages import NoState, StateAsk, StateGone, StateHashes, StateList, StateOffer, StateWant
 from mpd.vocabulary import Vocabulary
 
 PEER_VERSION = 2
@@ -222,7 +225,8 @@ class Join:
     """Take me into the group that you lead in this slot.
 
     `standing` is what I bring (weight, mass, cell), `bandwidth` how fast I receive from a whole group, in bytes per
-    second (0: nothing was measured; whether I can reduce is `inbound`), `time_left_s` how long my step may still take.
+    second (0: nothing was measured; whether I can reduce is `inbound`), `time_left_s` how long my step may still take,
+    `age` how many rounds lie behind the vector that I had last.
     """
 
     run: str
@@ -237,12 +241,14 @@ class Join:
     inbound: bool
     bandwidth: float
     time_left_s: float
+    age: int = 0
 
     def __post_init__(self) -> None:
         _require(len(self.slot) == 20 and len(self.digest) == 32, "a slot has 20 bytes and a digest 32")
         _require(0 <= self.number < 1 << 62 and 0 <= self.stamp < 1 << 62, "numbers and stamps are not negative")
         _require(0 <= self.bandwidth < math.inf, "a bandwidth is finite and not negative")
         _require(0 < self.time_left_s <= MAX_ROUND_S, f"time left lies between 0 and {MAX_ROUND_S:g} s")
+        _require(0 <= self.age <= MAX_NUMBER, "an age is not negative")
         _require_address(self.host, self.port, needed=self.inbound)
 
 
@@ -321,7 +327,8 @@ class Begin:
 
     The place of a member in `members` is its index in masks, in the schedule and in the key rule. `whole` is the part
     of the certificate that is known before the exchange. `left_out` names announced peers that are not in the group.
-    `timeout_s` is the longest that a member's step may still take; each member also keeps its own deadline.
+    `timeout_s` is the longest that a member's step may still take; each member also keeps its own deadline. `age` is
+    the number of rounds behind the result: one more than behind the vector of any member.
     """
 
     round_id: bytes
@@ -336,6 +343,7 @@ class Begin:
     timeout_s: float
     progress_s: float
     left_out: dict[bytes, str]
+    age: int = 0
 
     def __post_init__(self) -> None:
         _require(len(self.round_id) == ROUND_ID_BYTES, "a round id has 16 bytes")
@@ -350,6 +358,7 @@ class Begin:
         _require(0 < self.timeout_s <= MAX_ROUND_S and 0 < self.progress_s <= MAX_ROUND_S, "durations are positive")
         _require(0 <= self.number < 1 << 62 and self.epoch >= 0, "numbers are not negative")
         _require(len(self.left_out) <= 1024, "too many left out")
+        _require(0 <= self.age <= MAX_NUMBER, "an age is not negative")
 
 
 # ---------------------------------------------------------------------------------------------------------- exchange
@@ -485,5 +494,12 @@ PEERS = Vocabulary(
     Quit,
     Begin,
     Scoped,
+    StateAsk,
+    StateOffer,
+    NoState,
+    StateList,
+    StateHashes,
+    StateWant,
+    StateGone,
 )
 EXCHANGE = Vocabulary(PeerError, Done, Commit, Need, Few, Prepare, Promise, NewPlan, Want, Ask)

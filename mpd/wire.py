@@ -37,6 +37,7 @@ class Kind(IntEnum):
     PIECE = 1
     CHUNK = 2
     BYE = 3
+    STATE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class Header:
         chunk: index of the chunk in the round's schedule.
         version: which version of the chunk; 0 is its owner's.
         contributors: bit i stands for member i; 0 in a PIECE.
+
+    In a STATE, `chunk` is one of a state, `round_id` the first 16 bytes of its manifest's digest, and the rest is 0.
     """
 
     kind: Kind

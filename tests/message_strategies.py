@@ -16,6 +16,7 @@ from mpd.grid import ShapeRecord, fit
 from mpd.layout import CODEC_NAMES, ITEM_BYTES, MAX_WEIGHT, TensorSpec
 from mpd.mass import Standing
 from mpd.messages import DECLINES, MAX_MEMBERS, MAX_ROUND_S, Begin, Done, Member
+from mpd.state_messages import MAX_WANTED, StateWant
 from mpd.vocabulary import Vocabulary
 
 COUNTS = st.integers(0, 2**62 - 1)
@@ -38,6 +39,13 @@ BOUNDED: dict[str, st.SearchStrategy[Any]] = {
     "port": st.integers(1, 65535),
     "number": COUNTS,
     "stamp": COUNTS,
+    "age": COUNTS,
+    "manifest": st.binary(min_size=32, max_size=32),
+    "hashes": st.integers(1, 3).map(lambda n: n * b"h" * 32),
+    "first": st.integers(0, 2**20 - 1),
+    "terms": st.binary(min_size=32, max_size=32),
+    "n_bytes": st.integers(1, 2**40),
+    "saved_at_s": st.floats(0, 1e11),
     "epoch": st.integers(1, 2**62),
     "promised": COUNTS,
     "accepted": st.integers(-1, 2**62),
@@ -81,6 +89,8 @@ def messages(kind: type[Any]) -> st.SearchStrategy[Any]:
         chosen |= {"name": NAMES, "shape": st.lists(st.integers(0, 2**40), max_size=4).map(tuple)}
     if kind is Begin:
         chosen["members"] = _groups()
+    if kind is StateWant:
+        chosen["chunks"] = st.lists(st.integers(0, 2**20 - 1), min_size=1, max_size=MAX_WANTED).map(tuple)
     if "heads" in chosen and kind not in (Standing, Member):
         chosen["heads"] = COUNTS
     if kind.__module__ == "mpd.control" and "peer" in chosen:

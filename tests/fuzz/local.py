@@ -3,10 +3,11 @@
 import atexit
 import base64
 import functools
+import hashlib
 import shutil
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -22,7 +23,9 @@ from mpd.errors import Fatal, LocalError
 from mpd.ids import Endpoint, PeerId, parse_endpoint, parse_peer, peer_id_of, show_peer
 from mpd.invites import parse_token
 from mpd.layout import Layout, TensorSpec, Terms
+from mpd.manifest import HASH_BYTES, Manifest
 from mpd.revocations import Revocations, sign
+from mpd.state_file import Kept, StateHead, head_bytes, pack_head, parse_head
 
 
 def parse_address(data: bytes) -> Endpoint:
@@ -144,7 +147,35 @@ def swarm_files() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.folder.iterdir()}
 
 
+# ---------------------------------------------------------------------------------------------------------- state files
+
+
+def parse_state_file(data: bytes) -> StateHead:
+    """A state file says whose it is, proves it, and means the same when it is written again, or is refused."""
+    file_bytes, head = int.from_bytes(data[1:9]), data[9:]
+    if data[:1] == b"\1":
+        head += hashlib.sha256(head).digest()
+    found = parse_head(head, file_bytes)
+    assert len(head) == head_bytes(head) == found.vector_at == file_bytes - found.kept.n_bytes
+    assert len(found.manifest.hashes) == HASH_BYTES * found.manifest.n_chunks
+    written = pack_head(found.kept, found.manifest)
+    again = parse_head(written, len(written) + found.kept.n_bytes)
+    assert (again.kept, again.manifest) == (found.kept, found.manifest)
+    return found
+
+
+def state_file_seeds() -> Iterator[bytes]:
+    for n_chunks, metadata in ((1, b""), (3, b"epoch 7")):
+        n_bytes = (n_chunks << 20) - 5
+        kept = Kept("run", b"t" * 32, b"r" * 16, 12, n_bytes, NOW_S, metadata)
+        head = pack_head(kept, Manifest(kept.terms, kept.round_id, kept.number, n_bytes, b"h" * HASH_BYTES * n_chunks))
+        size = (len(head) + n_bytes).to_bytes(8)
+        yield b"\0" + size + head
+        yield b"\1" + size + head[:-32]
+
+
 TARGETS = {
+    "state-file": Target(parse_state_file, (LocalError,), state_file_seeds, max_bytes=1024),
     "address": Target(parse_address, (LocalError,), address_seeds, max_bytes=300),
     "peer-name": Target(parse_peer_name, (LocalError,), lambda: [show_peer(b"p" * 20).encode()], max_bytes=64),
     "local-frame": Target(parse_local_frame, (LocalError,), local_frame_seeds),
