@@ -16,8 +16,9 @@ BIN := .venv/bin
 PARSERS := $(addprefix tests/, \
 	core/test_admission.py core/test_codecs.py core/test_control.py core/test_identity.py core/test_ids.py \
 	core/test_invites.py core/test_layout.py core/test_messages.py core/test_records.py core/test_revocations.py \
-	core/test_seal.py core/test_vocabulary.py core/test_wire.py daemon/test_dht_gate.py daemon/test_dht_limits.py \
-	daemon/test_dht_messages.py daemon/test_dht_records.py daemon/test_swarm_store.py)
+	core/test_seal.py core/test_state_file.py core/test_state_messages.py core/test_vocabulary.py core/test_wire.py \
+	daemon/test_dht_gate.py daemon/test_dht_limits.py daemon/test_dht_messages.py \
+	daemon/test_dht_records.py daemon/test_swarm_store.py)
 
 # Tests whose numbers are larger with MPD_SOAK=1: the full figures of docs/security.md and docs/reliability.md.
 SOAKS := $(shell grep -lr SOAK tests --include='test_*.py')

@@ -12,6 +12,7 @@ from mpd.errors import DaemonUnavailable, LocalError, MpdError
 
 from .averager import Averager, Pending
 from .daemon import Daemon, connect, default_socket_path
+from .loading import LoadedState
 from .outcome import Outcome
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Averager",
     "Pending",
     "Outcome",
+    "LoadedState",
     "MpdError",
     "LocalError",
     "DaemonUnavailable",

@@ -97,6 +97,17 @@ class Attachment:
             self._ensure_published(answer.generation)
         return answer
 
+    def load_state(self, request: control.LoadState, timeout_s: float) -> control.StateLoaded:
+        """Have the daemon load a state; if it has, `result` shows it.
+
+        Raises LocalError if it refuses, DaemonUnavailable if it is gone or has not answered after `timeout_s`.
+        """
+        answer = self._connection.request(request, control.StateLoaded, timeout_s)
+        if answer.loaded:
+            self._map_result()
+            self._ensure_published(answer.generation)
+        return answer
+
     def close(self) -> None:
         """Detach. Windows that somebody holds stay valid."""
         self._connection.close()

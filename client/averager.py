@@ -18,27 +18,35 @@ from typing import Any, Self
 from mpd import control
 from mpd.errors import DaemonUnavailable, LocalError, MpdError
 from mpd.layout import MAX_WEIGHT
+from mpd.manifest import MAX_METADATA_BYTES
 
 from .attachment import ATTACH_S
 from .lifeline import Lifeline
+from .loading import LoadedState, loaded_state_of
 from .outcome import Outcome, outcome_of
 from .tensors import Tensor
 from .writeback import Replace, Shift, WriteBack, run_to_end
 
 STEP_S = 60.0
+LOAD_S = 600.0
 GRACE_S = 2.0  # the daemon ends a step by its timeout; if it is not heard of by then and a little, it hangs
 MIN_STEP_S = 0.05  # what is asked for if to attach again has taken all the time that the step had
 GRACE_BYTES_PER_S = 256 << 20  # what of that little goes into setting memory up and copying, at the worst
 
 
 class Averager:
-    """Averages the same tensors again and again. Made by `Daemon.averager`; used by one thread and process."""
+    """Averages the same tensors again and again. Made by `Daemon.averager`; used by one thread and process.
+
+    `metadata`, up to 64 KiB, go with every step from now on: whoever loads the state that a step leaves gets those that
+    most of its peers had set.
+    """
 
     def __init__(self, lifeline: Lifeline, tensors: Sequence[Tensor], weight: float, check_finite: bool) -> None:
         self._lifeline = lifeline
         self._tensors = tensors
         self._weight = weight
         self._check_finite = check_finite
+        self._metadata = b""
         self._pid = os.getpid()
         self._seq = 0
         self._pending: Pending | None = None
@@ -65,6 +73,49 @@ class Averager:
         daemon, when its memory has been set up as well.
         """
         return self._begin(weight, timeout, train_on=True)
+
+    def load_state(self, timeout: float | None = None) -> LoadedState:
+        """Get the run's current vector from the peers that hold it; if the result is true, the tensors hold it.
+
+        For a trainer that comes late, or again: before its first step. `timeout`: the longest time that may take, in
+        seconds (600). Nobody has a state before the first step of the run has averaged; that is found out in seconds.
+        Raises LocalError if the tensors cannot be loaded, DaemonUnavailable if the daemon is gone.
+        """
+        self._ensure_usable()
+        timeout_s = LOAD_S if timeout is None else _seconds(timeout)
+        for tensor in self._tensors:
+            tensor.check()
+        lifeline, grace_s = self._lifeline, GRACE_S + self._lifeline.n_bytes / GRACE_BYTES_PER_S
+        lifeline.ensure(timeout_s, min(timeout_s + grace_s, ATTACH_S), waits=True)
+        self._ensure_in_place()
+        self._seq += 1
+        try:
+            answer = lifeline.attachment.load_state(control.LoadState(self._seq, timeout_s), timeout_s + grace_s)
+            if answer.loaded:
+                run_to_end(Replace(self._tensors, lifeline.attachment.result))
+                with contextlib.suppress(DaemonUnavailable):  # the tensors are loaded all the same
+                    lifeline.attachment.send(control.Release(self._seq))
+        except LocalError:
+            raise
+        except BaseException:
+            self._drop()
+            raise
+        return loaded_state_of(answer)
+
+    @property
+    def metadata(self) -> bytes:
+        """What goes with the next step."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, value: bytes) -> None:
+        try:
+            metadata = bytes(memoryview(value))
+        except TypeError:
+            raise LocalError(f"metadata is {value!r}: bytes expected, at most {MAX_METADATA_BYTES}") from None
+        if len(metadata) > MAX_METADATA_BYTES:
+            raise LocalError(f"metadata has {len(metadata)} bytes: at most {MAX_METADATA_BYTES} expected")
+        self._metadata = metadata
 
     def close(self) -> None:
         """Detach from the run. The tensors stay usable."""
@@ -106,7 +157,8 @@ class Averager:
             source, sent = self._lifeline.hand_over(train_on, patience_s)
             self._pending = pending
             left_s = max(deadline - time.monotonic(), MIN_STEP_S)
-            pending._ask(control.Step(pending.seq, weight, left_s, source), sent if train_on else None)
+            order = control.Step(pending.seq, weight, left_s, source, self._metadata)
+            pending._ask(order, sent if train_on else None)
         except BaseException:
             self._drop()
             raise

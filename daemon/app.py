@@ -32,6 +32,7 @@ from .containment import counts, supervise
 from .containment import problem as problem_of_bugs
 from .dht import DhtConfig, open_dht
 from .doctor import Doctor, Patient
+from .keeping import FOLDER, Keeper
 from .lobby import LobbyServices
 from .logs import OnChange
 from .lookout import Lookout
@@ -156,6 +157,9 @@ class _Daemon:
             problem=lambda: "; ".join(filter(None, (self._news.problem, self._renewal.problem))),
         )
         self._runs.look_into = Doctor(patient).examine
+        self._runs.desk.budgets = budgets
+        if config.keep_state:
+            self._runs.desk.keeper = Keeper(state.path / FOLDER, time.time)
         switchboard.runs, switchboard.sessions, switchboard.peers = self._runs, sessions, self._peers
         switchboard.news = self._news
 
@@ -231,8 +235,9 @@ class _Daemon:
 
     def _problem(self) -> str:
         """Return what the owner of this machine should know, in sentences."""
+        kept = self._runs.desk.keeper.problem if self._runs.desk.keeper is not None else ""
         causes = (self._state, self._news, self._renewal)
-        sentences = (faults.status(), problem_of_bugs(), *(cause.problem for cause in causes))
+        sentences = (faults.status(), problem_of_bugs(), *(cause.problem for cause in causes), kept)
         return "; ".join(filter(None, sentences))
 
     def _status(self) -> dict[str, Any]:

@@ -211,6 +211,8 @@ class Budgets:
     dial_backs: Budget = field(default_factory=lambda: Budget(8))
     dials: ByteGate = field(default_factory=lambda: ByteGate(32))  # of addresses that records name: anybody's word
     in_flight: ByteGate = field(default_factory=lambda: ByteGate(256 * MIB))
+    joiners: Budget = field(default_factory=lambda: Budget(16))  # who are being served a state
+    states: Budget = field(default_factory=lambda: Budget(8))  # held for them, or being loaded, of all runs together
     # This machine. Questions have connections of their own: `mpd status` answers while every trainer's place is taken.
     trainers: Budget = field(default_factory=lambda: Budget(16))
     clients: Budget = field(default_factory=lambda: Budget(64))

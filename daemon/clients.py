@@ -29,6 +29,7 @@ import mpd
 from mpd import control
 from mpd.errors import Fatal, LocalError
 from mpd.ids import PeerId, show_peer
+from mpd.manifest import MAX_METADATA_BYTES
 
 from .budgets import Budgets, ByteGate
 from .containment import contained
@@ -62,6 +63,9 @@ class Seat(Protocol):
 
     async def step(self, request: control.Step) -> control.Stepped:
         """Average what lies in the region that `request` names. Cancelled: nothing is published. Raises LocalError."""
+
+    async def load_state(self, request: control.LoadState) -> tuple[control.StateLoaded, OutRegion | None]:
+        """Get the run's vector from other peers; the region, if any, holds it. Raises LocalError."""
 
     def release(self, seq: int) -> None:
         """Note that the trainer has copied the result of step `seq`."""
@@ -290,7 +294,9 @@ class _Session:
             case control.OpenSnapshot():
                 self._begin_making(self._open_snapshot, nursery)
             case control.Step():
-                self._begin_step(message, nursery)
+                self._begin_step(message, partial(self._step, self._attached(), message), nursery)
+            case control.LoadState():
+                self._begin_step(message, partial(self._load_state, self._attached(), message), nursery)
             case control.Release():
                 self._attached().release(message.seq)
             case control.Cancel():
@@ -332,7 +338,7 @@ class _Session:
         if self._seat:
             raise LocalError("this connection is attached already: open another one for another run")
         self._seat = seat = await self._serving.take_seat(request, self._label)
-        self._frames.limit_bytes = SMALL_FRAME_BYTES
+        self._frames.limit_bytes = SMALL_FRAME_BYTES + MAX_METADATA_BYTES
         sizes = seat.in_region.n_bytes, seat.out_region.n_bytes + control.OUT_HEADER_BYTES
         return control.Attached(*sizes), [seat.in_region.fd, seat.out_region.fd]
 
@@ -340,19 +346,33 @@ class _Session:
         region = await self._attached().open_snapshot()
         return control.SnapshotOpened(region.n_bytes), [region.fd]
 
-    def _begin_step(self, request: control.Step, nursery: trio.Nursery) -> None:
-        seat = self._attached()
+    def _begin_step(
+        self, request: control.Step | control.LoadState, take: Callable[[], Awaitable[_Reply]], nursery: trio.Nursery
+    ) -> None:
         if self._running:
             raise LocalError(f"step {self._running[0]} is still running: one at a time")
         self._running = (request.seq, trio.CancelScope())
-        nursery.start_soon(self._step, seat, request, self._running[1])
+        nursery.start_soon(self._take_step, request, take, self._running[1])
 
-    async def _step(self, seat: Seat, request: control.Step, scope: trio.CancelScope) -> None:
-        reply: _Reply = control.Stepped(request.seq, averaged=False, reason="cancelled by the trainer"), []
+    async def _step(self, seat: Seat, request: control.Step) -> _Reply:
+        stepped = await seat.step(request)
+        return stepped, [seat.out_region.fd] if stepped.new_out else []
+
+    async def _load_state(self, seat: Seat, request: control.LoadState) -> _Reply:
+        loaded, region = await seat.load_state(request)
+        return loaded, [region.fd] if region is not None else []
+
+    async def _take_step(
+        self,
+        request: control.Step | control.LoadState,
+        take: Callable[[], Awaitable[_Reply]],
+        scope: trio.CancelScope,
+    ) -> None:
+        cancelled = control.Stepped if isinstance(request, control.Step) else control.StateLoaded
+        reply: _Reply = cancelled(request.seq, False, "cancelled by the trainer"), []
         try:
             with scope:
-                stepped = await seat.step(request)
-                reply = stepped, [seat.out_region.fd] if stepped.new_out else []
+                reply = await take()
         except LocalError as error:
             reply = control.Refused(str(error)), []
         self._running = None  # before the reply: whoever has read it may ask for the next step

@@ -91,6 +91,7 @@ class Lobby:
         self.cell: Cell = ()
         self.last_cell: Cell = ()  # where the round that began last found us
         self.number = 0
+        self.age = 0  # rounds that lie behind our vector
         self.reason = "looking for other peers of this run"
         self.pace = Pace(services.limits.progress_s, services.limits.window_s)
         self._services = services
@@ -107,6 +108,7 @@ class Lobby:
         self._nudged = trio.Event()
         self._changed = trio.Event()
         self._wanted = 0
+        self._is_aside = False
 
     @property
     def own(self) -> PeerId:
@@ -231,6 +233,8 @@ class Lobby:
                     found = await self._roster.look(post.slot)
                     self._take_in(post, found)
                     await self._catch_up(post, found)
+            else:
+                await self._roster.stand_nowhere()
             if post is self._post:
                 await self._pause(_MATCH_POLL_S if post is not None and post.is_ready else _SLOW_POLL_S)
 
@@ -297,6 +301,28 @@ class Lobby:
         self._changed.set()
         self._changed = trio.Event()
 
+    def step_aside(self) -> None:
+        """Stand nowhere, so that nobody waits for us, until `come_back` or until a trainer wants a group."""
+        post, self._post, self._is_aside = self._post, None, True
+        if post is not None:
+            post.matchmaker.cancel(trio.current_time(), "its trainer loads a state")
+            self._pump(post)
+            self._nudge()
+
+    def come_back(self) -> None:
+        """Stand where we stood before `step_aside`."""
+        if self._is_aside:
+            self._is_aside = False
+            if self.record is not None:
+                self._stand()
+
+    async def find_peers(self) -> dict[PeerId, Endpoint | None]:
+        """Return the other peers of this run that seem to be there, and where each can be dialled."""
+        await self._roster.read()
+        found = {peer: self._services.peers.get(peer) for peer in self.company}
+        linked = {peer: link.endpoint for peer, link in found.items() if link is not None}
+        return linked | {peer: seen.endpoint for peer, seen in self._roster.others.items()}
+
     # ------------------------------------------------------------------------------------------------- forming a group
 
     async def form(self, standing: Callable[[Cell], Standing], deadline: float) -> Begun | Alone:
@@ -304,6 +330,7 @@ class Lobby:
 
         `standing` is called with this peer's cell once it is known. Bounded by `deadline` and the window.
         """
+        self.come_back()
         self._wanted += 1
         if self.terms.rounds != "exact":
             self._adopt()
@@ -407,6 +434,7 @@ class Lobby:
             inbound=endpoint is not None and self._services.peers.is_reachable,
             bandwidth=self.pace.download(trio.current_time()),
             time_left_s=min(time_left_s, _MAX_LEFT_S),
+            age=self.age,
         )
 
     # --------------------------------------------------------------------------------------------------- where we stand
@@ -465,6 +493,8 @@ class Lobby:
 
         Those who are `silent` were waited for in vain; that one wait is all that a frozen peer costs.
         """
+        if self._is_aside:
+            return
         record, old = self.record, self._post
         assert record is not None
         axis = axis_of(self.number, record.shape)

@@ -89,6 +89,11 @@ class OutRegion(Region):
     _header_bytes = OUT_HEADER_BYTES
     _seals = _FIXED_SIZE | _READ_ONLY_FOR_OTHERS
 
+    @property
+    def generation(self) -> int:
+        """The number of the result that `view` holds."""
+        return int(_GENERATION.unpack_from(self._map)[0])
+
     def publish(self, generation: int) -> None:
         """Declare what `view` holds now to be result number `generation`. Call it after the last byte is written."""
         _GENERATION.pack_into(self._map, 0, generation)

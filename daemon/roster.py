@@ -180,6 +180,12 @@ class Roster:
             await self._rendezvous.withdraw(other)
             del self._stands[other]
 
+    async def stand_nowhere(self) -> None:
+        """Take back what `stand` has announced. Costs nothing where there is nothing."""
+        for key in list(self._stands):
+            await self._rendezvous.withdraw(key)
+            del self._stands[key]
+
     def place(self, endpoint: Endpoint | None, number: int, cell: Cell) -> Place:
         """Return this peer's record."""
         host, port = (endpoint.host, endpoint.port) if endpoint is not None else ("", 0)

@@ -14,7 +14,7 @@ import trio
 
 from mpd.codecs import codec_named
 from mpd.config import RoundLimits
-from mpd.control import Step, Stepped
+from mpd.control import LoadState, StateLoaded, Step, Stepped
 from mpd.errors import LocalError, RoundFailed
 from mpd.grid import Cell
 from mpd.ids import PeerId, RoundId, peer_id, show_peer
@@ -29,9 +29,11 @@ from mpd.schedule import chunks
 from . import faults
 from .containment import UNEXPECTED, contained, report
 from .history import History, left_out
+from .loading import Loading
 from .lobby import Lobby
 from .memory import OutRegion, Region, give_up, private
 from .sessions import RoundSession, Sessions
+from .shelf import Commit, HeldState, Shelf
 from .vault import RegionVault
 
 
@@ -67,6 +69,16 @@ class TrainerSeat:
         finally:
             self._run.remove(ask)
         return ask.answer
+
+    async def load_state(self, request: LoadState) -> tuple[StateLoaded, OutRegion | None]:
+        """Get the run's vector from those who hold it; the region has it. Cancelled: the trainer takes it back."""
+        answer, state = await self._run.load(request)
+        if state is None:
+            return answer, None
+        self.known_out = state.region
+        if state.region is self._run.out:
+            self._run.readers.add(self)
+        return answer, state.region
 
     def release(self, seq: int) -> None:
         """The trainer has copied its result."""
@@ -114,6 +126,7 @@ class _Tally:
     missing: dict[str, str] = field(default_factory=dict)
     trainers: dict[str, str] = field(default_factory=dict)  # of this machine, that had not asked: part of `missing`
     rounds: int = 0
+    commit: Commit = field(default_factory=lambda: Commit(b"", 0, b""))
     failures: list[str] = field(default_factory=list)
     met: bool = False  # a group began, so others may have averaged although we did not
     bytes_sent: int = 0
@@ -123,16 +136,17 @@ class _Tally:
 class Run:
     """A run and everything of it that lives on this daemon. `vanished` is called when its last trainer has gone.
 
-    `out` is where its results are published, and closed in the end.
+    `shelf` is where its results are published, and closed in the end; `load` gets the vector of others.
     """
 
     def __init__(
-        self, name: str, terms: Terms, lobby: Lobby, sessions: Sessions, limits: RoundLimits, out: OutRegion
+        self, name: str, terms: Terms, lobby: Lobby, sessions: Sessions, limits: RoundLimits, shelf: Shelf
     ) -> None:
         self.name = name
         self.terms = terms
         self.lobby = lobby
-        self.out = out
+        self.shelf = shelf
+        self.loading: Callable[[LoadState], Loading]  # set by whoever knows the peers
         self.seats: list[TrainerSeat] = []
         self.readers: set[TrainerSeat] = set()  # who may still copy from the out region
         self.rounds = 0
@@ -142,6 +156,7 @@ class Run:
         self.idle.set()
         self._sessions = sessions
         self._limits = limits
+        self._loads = trio.Lock()
         self._pool = pool_for(terms.aggregate)
         self._generation = 0
         self._asks: list[_Ask] = []
@@ -153,6 +168,11 @@ class Run:
         self._gathered: memoryview | None = None  # where several trainers are averaged first
         self._lingering: list[tuple[memoryview, RoundSession]] = []
         self._nursery: trio.Nursery | None = None
+
+    @property
+    def out(self) -> OutRegion:
+        """Where results are published now."""
+        return self.shelf.out
 
     # -------------------------------------------------------------------------------------------------------- trainers
 
@@ -171,6 +191,18 @@ class Run:
             if not self.seats:
                 self._free()
                 self.vanished()
+
+    async def load(self, request: LoadState) -> tuple[StateLoaded, HeldState | None]:
+        """Get the vector of this run from those who hold it. One at a time: whoever waited finds it here already."""
+        async with self._loads:
+            if len(self.seats) == 1:  # nobody here steps meanwhile, so no other peer should wait for us
+                self.lobby.step_aside()
+            try:
+                loaded = await self.loading(request).run()
+            finally:
+                self.lobby.come_back()
+        self.lobby.age = self.shelf.age
+        return loaded
 
     def add(self, ask: _Ask) -> None:
         """A trainer wants a step; whatever it was given before it has copied by now."""
@@ -214,7 +246,7 @@ class Run:
                 if self._current:
                     await self._average(tally)
                 if tally.vector is not None and self._current:
-                    self._publish(tally.vector)
+                    self._publish(tally)
             except (RoundFailed, LocalError) as error:
                 tally.failures.append(str(error))
                 self._remember_step(tally, str(error), tally.missing)
@@ -225,6 +257,7 @@ class Run:
                 self._remember_step(tally, UNEXPECTED, tally.missing)
         if self._scope.cancelled_caught and self.history.n_added == n_before:
             self._remember_step(tally, "cancelled by the trainer", tally.missing)
+        self.shelf.end_write()
         self._answer_all(tally)
 
     def _answer_all(self, tally: _Tally | None) -> None:
@@ -340,6 +373,7 @@ class Run:
 
     async def _target(self, begin: Begin, best: memoryview, rounds_left: int) -> memoryview:
         """Return where the result of a round goes: not over the best one so far, and the last into the out region."""
+        self.shelf.begin_write()
         target = self.out.view
         if best is target or (rounds_left % 2 == 1 and best is not self._spare):
             try:
@@ -379,6 +413,8 @@ class Run:
         self.rounds += 1
         tally.rounds += 1
         tally.vector = session.vault.slots
+        metadata = next((ask.request.metadata for ask in self._current if ask.request.metadata), b"")
+        tally.commit = Commit(begin.round_id, begin.age, metadata)
         tally.contributors = tuple(session.members[i] for i in members_of(result.contributors))
         tally.confirmed = tuple(session.members[i] for i in members_of(result.confirmed))
         record = self.lobby.record
@@ -421,19 +457,20 @@ class Run:
     async def _renew_out(self) -> None:
         """If a trainer is still copying the last result, leave that region to it for good and take a new one."""
         if self.readers:
-            new = await OutRegion.make(self.terms.layout.n_bytes)
-            self.out.close()  # rounds that still serve others from it hold it themselves
-            self.out = new
+            if not self.shelf.turn():
+                self.shelf.replace(await OutRegion.make(self.terms.layout.n_bytes))
             self.readers.clear()
 
     def _free(self) -> None:
         """Let go of everything large now: what ends the run waits for other peers."""
-        self.out.close()
+        self.shelf.close()
         unused = [view for view in (self._spare, self._gathered) if view is not None]
         self._spare = self._gathered = None
         give_up(unused)
 
-    def _publish(self, vector: memoryview) -> None:
+    def _publish(self, tally: _Tally) -> None:
+        vector = tally.vector
+        assert vector is not None
         if vector is not self.out.view:
             self._reclaim(self.out.view)
             self.out.view[:] = vector
@@ -441,6 +478,8 @@ class Run:
             faults.strike("write-back")
         self._generation += 1
         self.out.publish(self._generation)
+        self.shelf.publish(tally.commit)
+        self.lobby.age = self.shelf.age
 
     def _answer(self, ask: _Ask, tally: _Tally) -> Stepped:
         averaged = tally.vector is not None

@@ -36,12 +36,13 @@ from mpd.messages import (
     Scoped,
     UnknownRound,
 )
-from mpd.wire import Header
+from mpd.wire import Header, Kind
 
 from .containment import confine, supervise
 from .dial_back import DialBacks
 from .history import HISTORY_ROUNDS
 from .links import Landing, Link
+from .loading import Loading, Surroundings
 from .lobby import Lobby, LobbyServices
 from .memory import OutRegion, Region
 from .news import NewsDesk
@@ -49,11 +50,14 @@ from .pace import describe
 from .peers import Peers
 from .run import Run, TrainerSeat
 from .sessions import Sessions
+from .shelf import Shelf
+from .state_desk import MESSAGES, StateDesk
 
 MAX_RUN_NAME_CHARS = 256
 _FEW_TENSORS = 5000  # 10 ms: what other runs may have to wait
 OBSERVER = "observer"
 _RECENT_ROUNDS = 20  # what a doctor looks at
+_FOR_MEMBERS = (Here, Join, Joined, Begin, Scoped, *MESSAGES)
 
 
 class Runs:
@@ -65,6 +69,7 @@ class Runs:
         self.role: Callable[[], str] = str  # what this machine may do in its swarm
         self.look_into: Callable[[tuple[str, ...]], Awaitable[list[Finding]]]  # what `mpd doctor` asks; set by `app`
         self.leaving = trio.Event()
+        self.desk = StateDesk(sessions.wait_quiet)
         self._services = services
         self._sessions = sessions
         self._runs: dict[str, Run] = {}
@@ -77,6 +82,7 @@ class Runs:
         """Carry the runs until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            nursery.start_soon(self.desk.serve)
             task_status.started()
             await trio.sleep_forever()
 
@@ -109,7 +115,12 @@ class Runs:
 
     def _begin(self, name: str, terms: Terms, out: OutRegion) -> None:
         assert self._nursery is not None
-        run = Run(name, terms, Lobby(name, terms, self._services), self._sessions, self._services.limits, out)
+        services, lobby = self._services, Lobby(name, terms, self._services)
+        shelf = Shelf(terms, out, self.desk.budgets.states)
+        run = Run(name, terms, lobby, self._sessions, services.limits, shelf)
+        around = Surroundings(services.own, lobby, services.peers, self.desk, services.limits.window_s)
+        run.loading = functools.partial(Loading, name, shelf, around)
+        self.desk.open(name, shelf)
         self._runs[name] = run
         scope = trio.CancelScope()
         run.vanished = functools.partial(self._end, run, scope)
@@ -120,14 +131,17 @@ class Runs:
         turn = self._turns.setdefault(run.name, trio.Lock())
         try:
             with scope:
-                async with turn:
+                async with turn, trio.open_nursery() as nursery:
+                    if self.desk.keeper is not None:
+                        nursery.start_soon(supervise, "state file", self.desk.keeper.keep, run.name, run.shelf)
                     await supervise("run", run.serve)
         finally:
-            run.out.close()
+            run.shelf.close()
 
     def _end(self, run: Run, scope: trio.CancelScope) -> None:
         """The last trainer of `run` has gone: whoever attaches from now on begins afresh."""
         del self._runs[run.name]
+        self.desk.close(run.name, run.shelf)
         self._past.extend(run.history.records)
         scope.cancel()
 
@@ -198,6 +212,7 @@ class Runs:
             "rounds": run.rounds,
             "bytes": run.terms.layout.payload_bytes,
             "tensors": len(run.terms.layout.specs),
+            "age": run.shelf.age,
             "state": run.state,
             "absent": {show_peer(peer): why for peer, why in lobby.absences.items()},
             "last_imperfect": run.history.last_imperfect,
@@ -247,21 +262,24 @@ class Switchboard:
         self._say(f"link to {show_peer(link.peer)} ended: {reason}")
         self.dial_backs.forget(link)
         self.sessions.on_link_down(link, reason)
+        self.runs.desk.on_link_down(link, reason)
         if self.peers.get(link.peer) in (None, link):
             self.runs.on_gone(link.peer, reason)
 
     def expects(self, link: Link, header: Header) -> bool:
         """Return whether a record's round is known."""
-        return self.sessions.expects(link, header)
+        return header.kind is Kind.STATE or self.sessions.expects(link, header)
 
     async def landing(self, link: Link, header: Header) -> Landing | None:
         """A record is on its way."""
+        if header.kind is Kind.STATE:
+            return self.runs.desk.landing(link, header)
         return await self.sessions.landing(link, header)
 
     def on_message(self, link: Link, message: Any) -> None:
         """A message has come. Raises PeerError if this peer may not say that."""
         match message:
-            case Here() | Join() | Joined() | Begin() | Scoped() if link.member.role == OBSERVER:
+            case _ if isinstance(message, _FOR_MEMBERS) and link.member.role == OBSERVER:
                 raise PeerError(
                     f"it is an observer, which may take part in no round, and said {type(message).__name__}"
                 )
@@ -269,6 +287,8 @@ class Switchboard:
                 self.sessions.on_scoped(link, message)
             case UnknownRound():
                 self.sessions.on_unknown_round(link, message)
+            case _ if isinstance(message, MESSAGES):
+                self.runs.desk.on_message(link, message)
             case Here() | Join() | Begin() | RunTerms():
                 self._to_run(link, message, self.runs.of_name(message.run))
             case Joined() | Declined() | Disbanded() | Quit():

@@ -391,6 +391,11 @@ class Sessions:
         self._began = trio.Event()
         self._told: tuple[Link, RoundId] | None = None  # who heard last that we take no part in a round
 
+    async def wait_quiet(self) -> None:
+        """Wait until no round is under way here."""
+        while under_way := [each for each in self._sessions.values() if not each.finished.is_set()]:
+            await under_way[0].finished.wait()
+
     def begin(
         self,
         begin: Begin,

@@ -87,6 +87,11 @@ cli.add_command(chaos)
     is_flag=True,
     help="Do not seal tensors, to measure what sealing costs. All peers must say so and listen on loopback.",
 )
+@click.option(
+    "--keep-state",
+    is_flag=True,
+    help="Keep the last averaged vector of each run in the state directory, saved once a minute at most.",
+)
 @SOCKET
 @STATE_DIR
 @click.option("-v", "--verbose", is_flag=True, help="Log everything, tracebacks included.")
@@ -105,6 +110,7 @@ def join(
     outbound_only: bool,
     invite: str,
     plain_on_loopback: bool,
+    keep_state: bool,
     socket_path: Path | None,
     state_dir: Path | None,
     verbose: bool,
@@ -136,6 +142,7 @@ def join(
         net=NetConfig(listen, announce, bootstrap, outbound_only, plain_on_loopback),
         faults=faults,
         invite=invite,
+        keep_state=keep_state,
     )
     setup(verbose)
     trio.run(run_daemon, config, _greet)

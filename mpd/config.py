@@ -55,8 +55,10 @@ class RoundLimits:
 
 @dataclass(frozen=True, slots=True)
 class DaemonConfig:
-    """Everything `mpd join` decides, read once. `invite` is the token to become a member with, or empty;
-    `faults` is what is to go wrong on purpose.
+    """Everything `mpd join` decides, read once.
+
+    `invite` is the token to become a member with, or empty; `faults` is what is to go wrong on purpose. With
+    `keep_state`, the last committed vector of each run is kept in the state directory.
     """
 
     socket: Path
@@ -65,3 +67,4 @@ class DaemonConfig:
     limits: RoundLimits = field(default_factory=RoundLimits)
     faults: str = ""  # see mpd.daemon.faults; for tests
     invite: str = field(default="", repr=False)  # a token lets its bearer in: it appears in no log
+    keep_state: bool = False

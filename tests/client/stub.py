@@ -39,6 +39,8 @@ class Seat:
         self.out_region = out_region
         self.snapshots: list[Region] = []
         self.steps: list[control.Step] = []
+        self.loads: list[control.LoadState] = []
+        self.loaded: OutRegion | None = None
         self.released: list[int] = []
         self.closed = threading.Event()
         self._trainers = trainers
@@ -80,12 +82,41 @@ class Seat:
             new_out=what == "new out",
         )
 
+    async def load_state(self, request: control.LoadState) -> tuple[control.StateLoaded, OutRegion | None]:
+        trainers = self._trainers
+        self.loads.append(request)
+        what = trainers.plan.popleft() if trainers.plan else "load"
+        trainers.entered.set()
+        if what == "hang":
+            await trio.sleep_forever()
+        elif what == "refuse":
+            raise LocalError("this load is refused")
+        elif what == "fail":
+            return control.StateLoaded(request.seq, loaded=False, reason="nobody holds a state"), None
+        self.loaded = region = OutRegion(self.layout.n_bytes)
+        for segment in self.layout.segments:
+            write(region.view, segment, np.full(segment.n_elems, 7.0))
+        region.publish(1 + (what == "lie"))
+        return (
+            control.StateLoaded(
+                request.seq,
+                loaded=True,
+                reason="from two",
+                number=12,
+                metadata=b"epoch 7",
+                sources=("you", "them"),
+                generation=1,
+            ),
+            region,
+        )
+
     def release(self, seq: int) -> None:
         self.released.append(seq)
 
     def close(self) -> None:
-        for region in (self.in_region, self.out_region, *self.snapshots):
-            region.close()
+        for region in (self.in_region, self.out_region, *self.snapshots, self.loaded):
+            if region is not None:
+                region.close()
         self.closed.set()
 
     def _average(self, segment: Segment, source: memoryview, weight: float) -> None:

@@ -12,6 +12,7 @@ from mpd.grid import seating
 from mpd.grouping import MAX_LEFT_OUT, compose_begin
 from mpd.ids import PeerId
 from mpd.layout import MAX_WEIGHT
+from mpd.manifest import MAX_NUMBER
 from mpd.mass import MAX_MASS, Standing, enter
 from mpd.messages import PEERS, Begin, Join
 
@@ -137,6 +138,12 @@ def test_mass_inside_a_cycle_counts_each_cell_once() -> None:
 def test_a_round_that_makes_no_sense_fails_with_its_reason(joined: Tickets, reason: str) -> None:
     with pytest.raises(RoundFailed, match=reason):
         compose(joined)
+
+
+def test_the_result_is_one_round_older_than_the_oldest_vector() -> None:
+    assert compose(tickets(ticket(0), ticket(1))).age == 1
+    assert compose(tickets(ticket(0, age=7), ticket(1, age=3), ticket(2))).age == 8
+    assert compose(tickets(ticket(0, age=MAX_NUMBER), ticket(1))).age == MAX_NUMBER  # and no further
 
 
 def test_more_left_out_than_a_message_takes_are_not_all_named() -> None:

@@ -18,6 +18,7 @@ from mpd.config import RoundLimits
 from mpd.daemon.lobby import Lobby
 from mpd.daemon.rendezvous import MemoryBoard
 from mpd.daemon.runs import Switchboard
+from mpd.daemon.state_desk import StateDesk
 from mpd.deadlines import MIN_SAMPLES, PROGRESS, WINDOW
 from mpd.errors import PeerError
 from mpd.grid import Cell, axis_of, line_of, on_grid
@@ -39,6 +40,7 @@ class OneRun:
 
     def __init__(self, lobby: Lobby) -> None:
         self._lobby = lobby
+        self.desk = StateDesk(trio.sleep_forever)
         self.is_over = False
 
     def of_name(self, name: str) -> Lobby | None:
@@ -576,6 +578,32 @@ async def test_nobody_waits_for_a_daemon_whose_last_trainer_has_left(
         verdicts = await all_ask(members[:-1])
         assert all(isinstance(verdict, Begun) and members[-1].own not in group(verdict) for verdict in verdicts)
         assert trio.current_time() - began <= 1.6
+
+
+@pytest.mark.parametrize(("n", "group_size"), [(4, 16), (9, 3)])
+async def test_nobody_waits_for_who_steps_aside_until_it_comes_back(
+    n: int, group_size: int, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    swarm = Swarm(nursery)
+    members = await settled(swarm, n, terms(group_size))
+    await all_ask(members)
+    aside, others = members[0], members[1:]
+    aside.lobby.step_aside()
+    await sleep(1)
+    for _ in range(2):
+        began = trio.current_time()
+        verdicts = await all_ask(others)
+        assert all(isinstance(verdict, Begun) for verdict in verdicts)
+        assert not any(aside.own in group(verdict) for verdict in verdicts)
+        assert trio.current_time() - began < swarm.limits.window_s
+    aside.lobby.come_back()
+    aside.lobby.come_back()  # once is enough
+    await sleep(15)
+    met = [group(verdict) for _ in range(2) for verdict in await all_ask(members)]
+    assert any(aside.own in each for each in met)
+    aside.lobby.step_aside()
+    await sleep(1)
+    assert all(isinstance(verdict, Begun) for verdict in await all_ask(members))  # whoever asks is back
 
 
 async def test_a_peer_that_comes_back_is_in_the_group_again(nursery: trio.Nursery, autojump_clock: MockClock) -> None:

@@ -86,6 +86,7 @@ def test_a_hole_in_the_in_region_reads_as_zeros() -> None:
 def test_publishing_sets_the_generation_word_and_nothing_else() -> None:
     region = OutRegion(N_BYTES)
     region.publish(2**40 + 3)
+    assert region.generation == 2**40 + 3
     assert os.pread(region.fd, OUT_HEADER_BYTES, 0) == struct.pack("<Q", 2**40 + 3) + bytes(OUT_HEADER_BYTES - 8)
     assert bytes(region.view) == bytes(N_BYTES)
     region.close()

@@ -236,3 +236,17 @@ async def test_a_peer_stands_in_one_slot_and_standing_still_is_free(autojump_clo
     assert await roster.look(second) == []  # oneself is nobody else
     await roster.withdraw()
     assert await reader.look(second) == []
+
+
+async def test_who_stands_nowhere_is_still_on_the_roster() -> None:
+    table = Table(2)
+    record = ShapeRecord(1, 2, (1,), terms().digest, b"")
+    for index in range(2):
+        await table.rosters[index].announce(HERE)
+        await table.stand(index, record, 3, (0,))
+    key = next(iter(table.rosters[0]._stands))
+    await table.rosters[0].stand_nowhere()
+    await table.rosters[0].stand_nowhere()
+    assert [seen.peer for seen in await table.rosters[1].look(key)] == []
+    await table.rosters[1].read()
+    assert list(table.rosters[1].others) == [table.rosters[0].own]

@@ -25,10 +25,12 @@ from trio.testing import MockClock
 from mpd.config import RoundLimits
 from mpd.control import OUT_HEADER_BYTES, Attach, Query, Step, Stepped
 from mpd.daemon import run as run_module
+from mpd.daemon.budgets import Budget
 from mpd.daemon.containment import supervise
 from mpd.daemon.memory import OutRegion, Region
 from mpd.daemon.run import Run, TrainerSeat
 from mpd.daemon.sessions import RoundResult
+from mpd.daemon.shelf import Shelf
 from mpd.daemon.vault import RegionVault
 from mpd.deadlines import MIN_SAMPLES, PROGRESS, Pace, SenderReport
 from mpd.errors import LocalError
@@ -488,7 +490,7 @@ def script(
     lobby, sessions = ScriptedLobby(d, groups), ScriptedSessions(list(outcomes))
     run_terms = terms(16, rounds, specs(N_ELEMS))
     out = OutRegion(run_terms.layout.n_bytes)
-    run = Run("run", run_terms, lobby, sessions, RoundLimits(), out)  # type: ignore[arg-type]
+    run = Run("run", run_terms, lobby, sessions, RoundLimits(), Shelf(run_terms, out, Budget(2)))  # type: ignore[arg-type]
     seat = run.sit("trainer", Region(N_ELEMS * 4))
     np.frombuffer(seat.in_region.view, np.float32)[:] = 100.0
     if is_served:
