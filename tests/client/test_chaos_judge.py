@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from client.test_chaos_plan import SETTINGS
 
+from mpd.client.averager import GRACE_S
 from mpd.client.chaos_judge import PROMISES, Findings, Happened, Seen, judge, middle, shown
 from mpd.client.chaos_plan import Fault
 
@@ -133,7 +134,9 @@ def test_processes_that_end_by_themselves_are_blamed() -> None:
     assert blamed(judge(see(rounds(20.0), ends=["the daemon of machine 1 ended by itself"]))) == {"up": 1}
 
 
-@pytest.mark.parametrize(("seconds", "is_late"), [(25.0, False), (32.0, True)])
+@pytest.mark.parametrize(
+    ("seconds", "is_late"), [(SETTINGS.timeout_s + GRACE_S + 1, False), (SETTINGS.timeout_s + GRACE_S + 2, True)]
+)
 def test_a_trainer_whose_daemon_is_hit_gets_the_grace_that_it_gives(seconds: float, is_late: bool) -> None:
     frozen = Happened(Fault(12.0, "freeze", 0, 9.0), 22.0, 31.0)
     findings = judge(see([failure(0, 20.0 + seconds, 1, began=20.0)], happened=[frozen]))
