@@ -53,8 +53,8 @@ class Keeper:
         return "; ".join(self._troubles.values())
 
     def file_of(self, run: str) -> Path:
-        """Return where the state of `run` lies: names of runs may hold anything."""
-        return self._folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.state"
+        """Return where the state of `run` lies."""
+        return state_file(self._folder, run)
 
     # ----------------------------------------------------------------------------------------------------------- out
 
@@ -142,6 +142,11 @@ class Keeper:
         if self._troubles.get(run) != sentence:
             _log.warning("%s", sentence)
         self._troubles[run] = sentence
+
+
+def state_file(folder: Path, run: str) -> Path:
+    """Return where `folder` has the state of `run`: names of runs may hold anything."""
+    return folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.state"
 
 
 def read_head(file: Path) -> StateHead:

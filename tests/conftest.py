@@ -9,7 +9,7 @@ passes. A row of the scorecard in docs/reliability.md is one line of JSON.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -37,9 +37,17 @@ def score(record_property: Callable[[str, object], None]) -> Score:
     """Note what was measured for a row of the scorecard: `score(6, "detected within 2 s", seconds=1.2)`."""
 
     def note(row: int, goal: str, **figures: object) -> None:
-        record_property("scorecard", {"row": row, "goal": goal, **figures})
+        record_property("scorecard", json.dumps({"row": row, "goal": goal, **figures}, default=float))  # numpy's too
 
     return note
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Keep figures as text: a process that runs tests tells them to another one, which knows no numpy."""
+    report = yield
+    report.user_properties = [(name, str(value)) for name, value in report.user_properties]
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -48,7 +56,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         test = report.nodeid.rpartition("::")[2]
         for name, value in report.user_properties:
             if name == "scorecard":
-                rows.append({"row": value["row"], "test": test, **value})
+                noted = json.loads(value)
+                rows.append({"row": noted["row"], "test": test, **noted})
             else:
                 figures.append(f"{test}: {name} {value}")
     for title, lines in {

@@ -108,7 +108,7 @@ class DaemonProcess:
     def is_waiting(self, run: str) -> bool:
         """Return whether a step of `run` has begun and waits for others."""
         status = self.run_status(run)
-        return status is not None and "waiting" in status["state"]
+        return status is not None and "waiting" in status["state"] and not status["state"].startswith("averaging")
 
     def memory_regions(self) -> int:
         """Return how many pieces of shared memory the process holds."""

@@ -150,7 +150,7 @@ def test_who_was_waited_for_in_vain_counts_again_when_it_speaks() -> None:
     register.meet(1.0, A, in_person=False, revive=False).silent = True
     register.meet(2.0, A, in_person=False, revive=True)
     assert (register.awaited, register.lost) == ((), (A,))
-    assert register.missing("late") == {A: SILENT}
+    assert register.missing(until="in time") == {A: SILENT}
     register.meet(3.0, A, in_person=True, revive=True)
     assert (register.awaited, register.lost) == ((A,), ())
 

@@ -11,7 +11,7 @@ from mpd.daemon.contacts import FORGET_S, MAX_WAITING, TOLD_S, Contacts
 from mpd.daemon.lobby import Lobby
 from mpd.daemon.roster import Seen
 from mpd.ids import Endpoint, PeerId
-from mpd.messages import DialledBack, Goodbye
+from mpd.messages import DialledBack, Goodbye, UnknownRound
 from mpd.records import Place
 
 pytestmark = pytest.mark.usefixtures("repeatable")
@@ -54,7 +54,7 @@ async def test_what_is_said_while_a_peer_is_being_called_arrives_in_order(
 ) -> None:
     _, caller, other = setup(nursery)
     caller.contacts.note(seen(other))
-    said = [DialledBack(False, f"h{i}") for i in range(3)]
+    said = [UnknownRound(bytes([i]) * 16) for i in range(3)]
     for message in said[:2]:
         caller.contacts.say(other.own, message)
     await pass_time(0.1)

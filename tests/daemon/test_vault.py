@@ -333,7 +333,7 @@ def judged(head: bytes) -> str:
     ("record", "field", "values", "verdict"),
     [
         (PIECE, "kind", [0, 3], "peer: .* announces 400 bytes: it carries none"),
-        (PIECE, "kind", [4, 255], "peer: there is no record of kind"),
+        (PIECE, "kind", [5, 255], "peer: there is no record of kind"),
         (PIECE, "kind", [2], "peer: it sends chunk 0, version 0, which I am still writing"),
         (PIECE, "codec", [1, 2, 255], "plan: codec .*; this run uses raw"),
         (PIECE, "member", [1, 2, 65535], "plan: .* it belongs to member 0"),
@@ -344,7 +344,7 @@ def judged(head: bytes) -> str:
         (PIECE, "round_id", [b"s" * 16, bytes(16)], "no such round: dropped"),
         (PIECE, "contributors", [1, 2**64 - 1], "taken"),  # a piece has one contributor, whoever sent it
         (RESULT, "kind", [0, 3], "peer: .* announces 400 bytes: it carries none"),
-        (RESULT, "kind", [4, 255], "peer: there is no record of kind"),
+        (RESULT, "kind", [5, 255], "peer: there is no record of kind"),
         (RESULT, "kind", [1], "peer: it sends a piece of chunk 1, version 0, which I do not write"),
         (RESULT, "codec", [1, 2, 255], "plan: codec .*; this run uses raw"),
         (RESULT, "member", [0, 2, 65535], "plan: .* it belongs to member 1"),

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import e2e_swarm
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -31,6 +30,7 @@ from e2e_swarm import (
 )
 
 from mpd.client import Averager, LoadedState
+from mpd.daemon.keeping import FOLDER, state_file
 
 Vector = npt.NDArray[np.float32]
 Record = Callable[[str, object], None]
@@ -189,22 +189,17 @@ def test_a_swarm_whose_machines_all_vanished_goes_on(daemons: list[DaemonProcess
 
 
 def kept(daemon: DaemonProcess, run: str) -> Path:
-    from mpd.daemon.keeping import FOLDER, Keeper
-
-    return Keeper(daemon.state_dir / FOLDER, time.time).file_of(run)
+    return state_file(daemon.state_dir / FOLDER, run)
 
 
-def test_a_full_disk_costs_the_file_and_nothing_else(
-    daemons: list[DaemonProcess], swarm: Swarm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_costs_the_file_and_nothing_else(daemons: list[DaemonProcess], swarm: Swarm) -> None:
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine allows no mount namespace, so there is no small disk to fill")
     small = swarm.new("--keep-state", "--bootstrap", daemons[0].listen)
     small.state_dir.mkdir(mode=0o700)
     mount = f'mount -t tmpfs -o size=5m none {small.state_dir} && exec "$@"'
-    monkeypatch.setattr(e2e_swarm, "MPD", ["unshare", "-m", "sh", "-c", mount, "sh", *e2e_swarm.MPD])
+    small.enter = ("unshare", "-m", "sh", "-c", mount, "sh")
     small.start().wait_ready()
-    monkeypatch.undo()
     inside = Path(f"/proc/{small.pid}/root{small.state_dir}")
     pair = [daemons[0], small]
     fits, too_big = new_run(), new_run()

@@ -328,7 +328,7 @@ class Scene:
 
     def _has_matched(self) -> bool:
         status = self._daemons[0].run_status(self._run)
-        return status is not None and ("began with" in status["state"] or "are ready" in status["state"])
+        return status is not None and (status["state"].startswith("averaging") or "are ready" in status["state"])
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from sim.tasks import Event
 
 from mpd.daemon.budgets import Budgets
 from mpd.daemon.dht_records import RecordStore, WireRecord, valid
-from mpd.daemon.rendezvous import Record, check_announcement
+from mpd.daemon.rendezvous import Record, RendezvousStatus, check_announcement
 from mpd.ids import PeerId
 
 REPLICAS = 2
@@ -106,6 +106,11 @@ class Rendezvous:
             for each, record in sorted(found.items())
             if record.value
         )
+
+    def snapshot(self) -> RendezvousStatus:
+        """Everybody is a contact who can be reached both ways: routing is left out."""
+        cuts, others = self._datagrams.network.cuts, set(self._datagrams.nodes) - {self.index}
+        return RendezvousStatus(sum(not {(self.index, other), (other, self.index)} & cuts for other in others))
 
     # how it works
 

@@ -20,6 +20,7 @@ from sim.network import Peers
 from mpd.config import RoundLimits
 from mpd.control import Attach, Step, Stepped
 from mpd.daemon import run as run_module
+from mpd.daemon.budgets import ByteGate
 from mpd.daemon.lobby import LobbyServices
 from mpd.daemon.runs import Runs, Switchboard
 from mpd.daemon.sessions import Sessions
@@ -119,6 +120,7 @@ class Daemon:
             peers=self.peers,
             rendezvous=Rendezvous(world.datagrams, self.machine, self.index, self.own, self.wall_ms),
             limits=world.limits,
+            dials=ByteGate(32),
             rng=random.Random(world.rng.random()),
             wall_ms=self.wall_ms,
             refuse=self.sessions.refuse,

@@ -143,6 +143,12 @@ class lowlevel:  # a module of trio
     async def checkpoint() -> None:
         await Pause(None, None)
 
+    @staticmethod
+    async def checkpoint_if_cancelled() -> None:
+        assert running.task is not None
+        if is_cancelled(running.task.scope, current_time()):
+            await Pause(None, None)
+
 
 class to_thread:  # a module of trio
     @staticmethod

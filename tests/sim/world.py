@@ -22,7 +22,20 @@ from sim.oracle import Oracle, Violation
 from sim.peer import LIMITS, Daemon, Memory
 
 from mpd import grouping, ids
-from mpd.daemon import contacts, lobby, roster, run, runs, sessions, transfers
+from mpd.daemon import (
+    budgets,
+    contacts,
+    containment,
+    loading,
+    lobby,
+    roster,
+    run,
+    runs,
+    sessions,
+    shelf,
+    state_desk,
+    transfers,
+)
 
 CHUNK_BYTES = 4096  # the smallest that BEGIN allows
 SIZES = (2, 3, 3, 4, 4, 5, 5, 6, 7)
@@ -181,11 +194,32 @@ def replay(seed: int, faults: Sequence[Fault] | None = None) -> World:
         raise
 
 
+def unexpected(share: str, error: BaseException) -> None:
+    """A bug is contained in a daemon, and is the end of a simulation."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    raise error
+
+
 class simulated:  # used like a function
     """Put simulated time and memory in the place of the real ones, in all modules of the daemon that use them."""
 
     def __enter__(self) -> None:
-        self._trio = tasks.installed(tasks, contacts, lobby, roster, run, runs, sessions, transfers)
+        self._trio = tasks.installed(
+            tasks,
+            budgets,
+            contacts,
+            containment,
+            loading,
+            lobby,
+            roster,
+            run,
+            runs,
+            sessions,
+            shelf,
+            state_desk,
+            transfers,
+        )
         self._trio.__enter__()
         self._before: list[tuple[Any, str, Any]] = []
         for module, name, stand_in in (
@@ -194,6 +228,7 @@ class simulated:  # used like a function
             (run, "private", peer_module.private),
             (run, "_Ask", peer_module.Ask),
             (runs, "OutRegion", Memory),
+            *((module, "report", unexpected) for module in (containment, run, sessions)),
             (runs, "Region", Memory),
             (lobby, "MIN_CHUNK_BYTES", CHUNK_BYTES),
             (ids, "_is_host", functools.lru_cache(ids._is_host)),  # a third of all time would go into addresses
