@@ -41,6 +41,7 @@ class CancelScope:
     def __init__(self, *, deadline: float = math.inf, shield: bool = False) -> None:
         self.deadline, self.shield = deadline, shield
         self.cancel_called = False
+        self.cancelled_caught = False
         self.parent: CancelScope | None = None
 
     def cancel(self) -> None:
@@ -59,7 +60,10 @@ class CancelScope:
         if not isinstance(error, Cancelled) or here().is_being_disposed:
             return False
         now = here().clock()
-        return (self.cancel_called or self.deadline <= now) and not is_cancelled(self.parent, now)
+        # What is cancelled further out goes on to there, unless this scope keeps that out.
+        goes_on = not self.shield and is_cancelled(self.parent, now)
+        self.cancelled_caught = (self.cancel_called or self.deadline <= now) and not goes_on
+        return self.cancelled_caught
 
 
 class Nursery:

@@ -165,6 +165,8 @@ def play(seed: int, faults: Sequence[Fault] | None = None) -> World:
     with simulated():
         try:
             world.play()
+        except BaseExceptionGroup as group:  # it came through a block of several tasks
+            raise _innermost(group) from group
         finally:
             world.dispose()
     return world
@@ -196,9 +198,13 @@ def replay(seed: int, faults: Sequence[Fault] | None = None) -> World:
 
 def unexpected(share: str, error: BaseException) -> None:
     """A bug is contained in a daemon, and is the end of a simulation."""
+    raise _innermost(error)
+
+
+def _innermost(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    raise error
+    return error
 
 
 class simulated:  # used like a function
