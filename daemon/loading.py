@@ -20,6 +20,7 @@ from mpd.manifest import Manifest, chunk_span, n_chunks, page_bytes
 from mpd.state_messages import NoState, StateAsk, StateGone, StateHashes, StateList, StateOffer, StateWant
 from mpd.wire import Header, Kind
 
+from .containment import UNEXPECTED, report
 from .links import Landing, Link
 from .memory import OutRegion
 from .shelf import HeldState, Shelf
@@ -113,6 +114,9 @@ class Loading:
                 self._reason = f"it took longer than {self._request.timeout_s:g} s: {self._progress()}"
         except* LocalError as group:
             self._reason = str(group.exceptions[0])
+        except* Exception as group:  # noqa: BLE001  # a bug costs the load
+            report("load", group)
+            self._reason = UNEXPECTED
         finally:
             if self._region is not None:
                 self._region.close()

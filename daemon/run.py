@@ -228,7 +228,8 @@ class Run:
 
     async def serve(self) -> None:
         """Do the steps that trainers ask for, until cancelled."""
-        self._answer_all(None)  # whom an unexpected end of the last time has left waiting
+        self.shelf.end_write()  # an unexpected end of the last time has left that undone,
+        self._answer_all(None)  # and these waiting
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self.lobby.serve)

@@ -82,7 +82,7 @@ class Runs:
         """Carry the runs until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            nursery.start_soon(self.desk.serve)
+            nursery.start_soon(supervise, "states for others", self.desk.serve)
             task_status.started()
             await trio.sleep_forever()
 

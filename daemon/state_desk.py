@@ -28,6 +28,7 @@ from mpd.state_messages import (
 from mpd.wire import HEADER_BYTES, Header, Kind, pack_header
 
 from .budgets import Budgets
+from .containment import confine
 from .keeping import Keeper
 from .links import Landing, Link
 from .shelf import HeldState, Shelf
@@ -139,7 +140,7 @@ class StateDesk:
             link.send(NoState(ask.run, "it uses this run's name with other terms"))
         elif (link, ask.run) not in self._asking:  # else the answer is on its way
             self._asking.add((link, ask.run))
-            self._nursery.start_soon(self._answer, link, ask, shelf)
+            self._nursery.start_soon(confine, "answer about a state", self._answer, link, ask, shelf)
 
     async def _answer(self, link: Link, ask: StateAsk, shelf: Shelf) -> None:
         try:
@@ -178,7 +179,7 @@ class StateDesk:
                 link.send(StateGone(message.manifest, "it serves as many joiners as it may"))
                 return
             service = self._services[key] = _Service(self, link, state)
-            self._nursery.start_soon(self._carry, key, service)
+            self._nursery.start_soon(confine, "joiner", self._carry, key, service)
         service.want(message.chunks)
 
     async def _carry(self, key: tuple[Link, bytes], service: "_Service") -> None:

@@ -3,6 +3,7 @@
 What a load takes is seconds of the test's clock; a link takes a hundredth of one for each chunk.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ from fake_peers import Swarm
 from state_swarm import N_CHUNKS, N_ELEMS, Host, another_trainer, host, small_chunks_and_no_threads, together
 from trio.testing import MockClock
 
-from mpd.daemon import state_desk
+from mpd.daemon import loading, state_desk
+from mpd.daemon.containment import UNEXPECTED
 from mpd.daemon.loading import ANSWER_S, MAX_ASKED, SETTLE_S, SOON_S
 from mpd.daemon.memory import OutRegion
 from mpd.daemon.shelf import _hashes
@@ -382,3 +384,17 @@ async def test_a_trainer_takes_its_wish_back(nursery: trio.Nursery, autojump_clo
         await late.load()
     desk = late.daemon.runs.desk
     assert (desk._loaders, desk.budgets.states.used, late.held) == ([], 0, ())
+
+
+async def test_a_bug_costs_the_load_and_the_next_one_is_fine(
+    nursery: trio.Nursery, autojump_clock: MockClock, bugs: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm = slow_swarm(nursery)
+    await averaged(swarm, 2)
+    late = await host(swarm)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "elect", lambda offers: offers / 0)
+        failed = await late.load()
+    assert (failed.loaded, failed.reason) == (False, UNEXPECTED)
+    assert bugs == {"load": 1}
+    assert (await late.load()).loaded

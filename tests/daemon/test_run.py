@@ -866,6 +866,25 @@ async def test_a_bug_beside_a_step_is_answered_and_the_run_goes_on(
     assert (await case.step()).averaged
 
 
+async def test_a_bug_beside_a_round_leaves_nobody_waiting_for_its_end(
+    nursery: trio.Nursery, autojump_clock: MockClock, bugs: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = script(nursery, 1, "+", "hangs", rounds=1, is_served=False)
+    serve = case.lobby.serve
+
+    async def fail() -> None:
+        await trio.sleep(1)
+        assert case.run.shelf.is_late  # who asks for a state now waits for the end of the round
+        monkeypatch.setattr(case.lobby, "serve", serve)
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(case.lobby, "serve", fail)
+    nursery.start_soon(supervise, "run", case.run.serve)
+    assert not (await case.step()).averaged
+    assert bugs == {"run": 1}
+    assert not case.run.shelf.is_late
+
+
 async def test_a_daemon_may_end_while_its_trainers_are_averaged_first(
     autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Serving states: what peers may ask for, how much of it at once, and that rounds come first."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,8 @@ from state_swarm import N_CHUNKS, Host, host, small_chunks_and_no_threads, toget
 from trio.testing import MockClock
 
 from mpd.daemon.budgets import Budget
-from mpd.daemon.shelf import HOLD_S
-from mpd.daemon.state_desk import GIVE_WAY_S, IDLE_S
+from mpd.daemon.shelf import HOLD_S, Shelf
+from mpd.daemon.state_desk import GIVE_WAY_S, IDLE_S, _Service
 from mpd.identity import OPEN_SWARM, Member
 from mpd.manifest import chunk_hash
 from mpd.state_messages import MAX_WANTED, NoState, StateAsk, StateGone, StateHashes, StateList, StateOffer, StateWant
@@ -244,3 +245,27 @@ async def test_a_round_is_under_way_until_its_result_is_there(nursery: trio.Nurs
     await together([source, other], 1.0, 3.0)
     await trio.lowlevel.checkpoint()
     assert ended == [trio.current_time()]
+
+
+async def test_a_bug_while_serving_costs_one_answer_one_joiner_or_one_look_and_not_the_daemon(
+    nursery: trio.Nursery, autojump_clock: MockClock, bugs: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bug(*args: Any) -> None:
+        raise ValueError("a bug")
+
+    (source, other), joiner = await setting(nursery)
+    with monkeypatch.context() as patch:
+        patch.setattr(Shelf, "state", bug)
+        patch.setattr(Shelf, "expire", bug)
+        joiner.link.send(StateAsk("run", source.run.terms.digest))
+        await trio.sleep(6)
+    offer = await offered(joiner, source)  # the next one gets its answer
+    with monkeypatch.context() as patch:
+        patch.setattr(_Service, "_send", bug)
+        joiner.link.send(StateWant(offer.manifest, (0,)))
+        await trio.sleep(1)
+    joiner.link.send(StateWant(offer.manifest, (1,)))
+    await trio.sleep(1)
+    assert [header.chunk for _, header, _ in joiner.chunks] == [1]
+    assert bugs == {"answer about a state": 1, "states for others": 2, "joiner": 1}
+    assert all(answer.averaged for answer in await together([source, other], 1.0, 3.0))
