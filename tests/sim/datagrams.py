@@ -35,6 +35,7 @@ class Datagrams:
         self.loss = rng.choice((0.0, 0.0, 0.02, 0.1))
         self.copies = rng.choice((0.0, 0.05))
         self.nodes: dict[int, Rendezvous] = {}
+        self.calls = itertools.count()  # an answer to a machine's last life is none to this one
         self.n = 0
 
     def send(self, here: int, there: int, deliver: Callable[["Rendezvous"], None]) -> None:
@@ -72,7 +73,6 @@ class Rendezvous:
         self._published: dict[bytes, tuple[bytes, int, WireRecord]] = {}  # key -> value, life, record
         self._expiries: dict[bytes, int] = {}
         self._seqs = itertools.count(wall_ms())
-        self._calls = itertools.count()
         self._awaited: dict[int, Callable[[Any], None]] = {}
 
     # what the daemon uses
@@ -164,7 +164,7 @@ class Rendezvous:
                     all_here.set()
 
         for index in whom:
-            number = next(self._calls)
+            number = next(self._datagrams.calls)
             numbers.append(number)
             self._awaited[number] = lambda answer, number=number: heard(number, answer)
             self._datagrams.send(self.index, index, lambda node, number=number: self._answer(node, number, question))

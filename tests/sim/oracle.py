@@ -21,7 +21,7 @@ import numpy.typing as npt
 from sim.faults import Fault
 from sim.peer import CODE, MAX_PEERS, Daemon, Memory, peer_of
 
-from mpd.control import Stepped
+from mpd.control import StateLoaded, Stepped
 from mpd.daemon.sessions import RoundSession
 from mpd.exchange import Ended
 from mpd.ids import show_peer
@@ -88,6 +88,9 @@ class Oracle:
         self.n_averaged = 0
         self.n_certified = 0
         self.n_left_behind = 0  # rounds lost because others needed their memory for the next one
+        self.n_loaded = 0  # vectors that trainers got from others, or had held here
+        self.n_fetched = 0  # those that came over links
+        self.n_in_vain = 0  # loads that got none
         self.n_kept = 0  # steps that kept the old values
         self.last: dict[int, Stepped] = {}  # what each machine's trainer was given last, of the mean
         self.last_kept: dict[int, Stepped] = {}  # and of its own old values
@@ -264,6 +267,28 @@ class Oracle:
         if stepped.exact:
             self.n_certified += 1
             self._check_certified(rows, stepped)
+
+    def judge_load(
+        self, daemon: Daemon, seat: Any, answer: StateLoaded, region: Any, began: float, timeout_s: float
+    ) -> bytes:
+        """A trainer has what it asked to load, if anything: return it. It is the result of the round that it says."""
+        late_s = daemon.machine.clock() - max(began + timeout_s, daemon.thawed_at)
+        self.check(late_s < 1.0, f"I4: a load of {timeout_s:g} s took {late_s:.1f} s more: {answer.reason}")
+        self.check(answer.reason, "I5: an outcome without a reason")
+        self.check(answer.loaded == (region is not None), "I5: loaded, and nothing is there")
+        if region is None:
+            self.n_in_vain += 1
+            return b""
+        self.n_loaded += 1
+        self.n_fetched += bool(answer.sources)
+        state = next((state for state in seat._run.shelf.held if state.region is region), None)
+        if state is None:
+            self.violated("I3: a region is given to a trainer that nobody holds for it")
+        else:
+            book = self.books[state.manifest.round_id]
+            self.check(book.begin.age == answer.number, "I5: the vector is of another age than was said")
+            self.check(book.first and book.first[1] == region.view, f"I1: {daemon.index} loads what no round left")
+        return bytes(region.view)
 
     def _rows(self, memory: Memory) -> npt.NDArray[np.float64]:
         values = np.frombuffer(memory.view, np.float64)

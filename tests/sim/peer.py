@@ -18,7 +18,7 @@ from sim.machine import Machine
 from sim.network import Peers
 
 from mpd.config import RoundLimits
-from mpd.control import Attach, Step, Stepped
+from mpd.control import Attach, LoadState, Step, Stepped
 from mpd.daemon import run as run_module
 from mpd.daemon.budgets import ByteGate
 from mpd.daemon.lobby import LobbyServices
@@ -58,6 +58,7 @@ class Memory:
         self.fd = -1
         self.view = memoryview(bytearray(n_bytes))
         self.published = b""
+        self.generation = 0
 
     @classmethod
     async def make(cls, n_bytes: int) -> "Memory":
@@ -66,6 +67,7 @@ class Memory:
 
     def publish(self, generation: int) -> None:
         self.published = bytes(self.view)
+        self.generation = generation
 
     def close(self) -> None:
         """Whoever holds a view keeps it."""
@@ -156,7 +158,11 @@ class Daemon:
         seat = await self.runs.attach(
             Attach(RUN, tensors, world.group_size, world.rounds, "raw", "mean"), f"trainer {self.index}"
         )
+        if rng.random() < world.load_share:
+            await self._load(seat, rng)
         while self._is_wanted:
+            if rng.random() < world.load_share / 3:
+                await self._load(seat, rng)
             await tasks.sleep(rng.expovariate(1 / world.think_s))
             step = world.next_step(self.index)
             values = coded(self.index, step, world.n_elems)
@@ -177,3 +183,17 @@ class Daemon:
                 seat.release(step)
                 await tasks.sleep(0)
         seat.close()
+
+    async def _load(self, seat: Any, rng: random.Random) -> None:
+        """The trainer wants the vector that others hold, and takes a while to copy it."""
+        began, timeout_s = self.machine.clock(), rng.choice((2.0, 20.0))
+        step = self.world.next_step(self.index)
+        self.world.oracle.check_published(self, seat.out_region)
+        with tasks.CancelScope() as self.stepping:
+            answer, region = await seat.load_state(LoadState(step, timeout_s))
+            held = self.world.oracle.judge_load(self, seat, answer, region, began, timeout_s)
+            if held:
+                await tasks.sleep(rng.choice((0.0, 0.0, 1.0)))
+                self.world.oracle.check(held == region.view, "I3: what a trainer loads was written again")
+        self.stepping = None
+        seat.release(step)

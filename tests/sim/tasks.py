@@ -157,8 +157,13 @@ class lowlevel:  # a module of trio
 class to_thread:  # a module of trio
     @staticmethod
     async def run_sync(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        await Pause(None, None)
-        return function(*args)
+        """Let a thread do it, at some time; the task finds out a little later."""
+        rng = here().scheduler.rng
+        await lowlevel.checkpoint_if_cancelled()
+        await Pause(current_time() + rng.uniform(0, 0.01), None, is_shielded=True)
+        result = function(*args)
+        await Pause(current_time() + rng.uniform(0, 0.01), None, is_shielded=True)
+        return result
 
 
 @contextlib.contextmanager

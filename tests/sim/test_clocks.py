@@ -24,7 +24,7 @@ def played(seed: int, off_s: float = 0.0, faults: tuple[Fault, ...] = ()) -> Wor
     world.rounds, world.group_size, world.outbound, world.timeouts_s = 1, 16, set(), (20.0,)
     world.clock_off_s = {index: off_s if index == 0 else 0.0 for index in range(N)}
     world.limits = replace(LIMITS, record_ttl_s=RoundLimits().record_ttl_s)
-    world.think_s, world.datagrams.loss = 0.1, 0.0
+    world.think_s, world.datagrams.loss, world.load_share = 0.1, 0.0, 0.0
     with simulated():
         try:
             world.play()

@@ -15,6 +15,7 @@ from sim.faults import KINDS, Fault, draw, parse, shorten, show
 from sim.world import Violation, World, play, replay
 
 from mpd.agreement import Agreement
+from mpd.daemon.shelf import Shelf
 
 N_BLOCKS = 20
 first, _, last = os.environ.get("MPD_SIM_SEEDS", "0:1000").rpartition(":")
@@ -35,13 +36,18 @@ def test_swarms_keep_every_promise(seeds: range, score: Callable[..., None]) -> 
         seen["averaged"] += world.oracle.n_averaged
         seen["certified"] += world.oracle.n_certified
         seen["kept"] += world.oracle.n_kept
+        seen["loaded"] += world.oracle.n_loaded
+        seen["fetched"] += world.oracle.n_fetched
+        seen["loaded_nothing"] += world.oracle.n_in_vain
         seen["left_behind"] += world.oracle.n_left_behind
         seen["redone"] += sum(any(version for _, version in book.closed) for book in world.oracle.books.values())
         seen.update(f"fault {fault.kind}" for fault in world.faults)
     # A world in which nobody averages, or nothing goes wrong, would find nothing.
     assert seen["averaged"] - before["averaged"] > len(seeds) or len(seeds) < 10
     if seeds is BLOCKS[-1]:
-        assert all(seen[f"fault {kind}"] for kind in KINDS) or len(SEEDS) < 200
+        assert (
+            all(seen[what] for what in ("loaded", "fetched", *(f"fault {kind}" for kind in KINDS))) or len(SEEDS) < 200
+        )
         score(21, "1,000 seeds in less than 3 minutes, no promise broken, a failure is one line", **seen)
 
 
@@ -79,3 +85,9 @@ def test_a_broken_rule_is_one_line_that_brings_it_about_again(monkeypatch: pytes
     assert len(few) <= len(World(seed).faults)
     with pytest.raises(Violation):
         play(seed, few)
+
+
+def test_a_state_that_is_written_again_while_it_is_held_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Shelf, "turn", lambda self: False)  # the next result goes where the state lies
+    with pytest.raises(Violation):
+        all(play(seed) for seed in range(50))

@@ -21,7 +21,7 @@ from sim.network import Network
 from sim.oracle import Oracle, Violation
 from sim.peer import LIMITS, Daemon, Memory
 
-from mpd import grouping, ids
+from mpd import grouping, ids, manifest
 from mpd.daemon import (
     budgets,
     contacts,
@@ -60,6 +60,8 @@ class World:
         drawn = draw(random.Random(rng.random()), self.n, FAULTS_FROM_S, FAULTS_TO_S)
         self.faults = list(drawn if faults is None else faults)
         self.limits = LIMITS
+        own = random.Random(f"loads {seed}")  # so that who does not load lives as before
+        self.load_share = own.choice((0.0, 0.0, 0.5, 1.0))  # of the trainers that load a state when they come
         self.clock_off_s = {index: rng.choice((0.0, 0.0, -10.0, 10.0)) for index in range(self.n)}
         self.network = Network(self.scheduler, random.Random(rng.random()))
         self.datagrams = Datagrams(self.network, random.Random(rng.random()))
@@ -233,7 +235,8 @@ class simulated:  # used like a function
             (run, "Region", Memory),
             (run, "private", peer_module.private),
             (run, "_Ask", peer_module.Ask),
-            (runs, "OutRegion", Memory),
+            *((module, "OutRegion", Memory) for module in (runs, loading, shelf)),
+            (manifest, "STATE_CHUNK_BYTES", CHUNK_BYTES),
             *((module, "report", unexpected) for module in (containment, run, sessions)),
             (runs, "Region", Memory),
             (lobby, "MIN_CHUNK_BYTES", CHUNK_BYTES),
