@@ -45,9 +45,8 @@ def test_swarms_keep_every_promise(seeds: range, score: Callable[..., None]) -> 
     # A world in which nobody averages, or nothing goes wrong, would find nothing.
     assert seen["averaged"] - before["averaged"] > len(seeds) or len(seeds) < 10
     if seeds is BLOCKS[-1]:
-        assert (
-            all(seen[what] for what in ("loaded", "fetched", *(f"fault {kind}" for kind in KINDS))) or len(SEEDS) < 200
-        )
+        wanted = ("loaded", "fetched", *(f"fault {kind}" for kind in KINDS))
+        assert all(seen[what] for what in wanted) or len(SEEDS) < 200
         score(21, "1,000 seeds in less than 3 minutes, no promise broken, a failure is one line", **seen)
 
 
