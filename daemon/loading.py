@@ -82,7 +82,7 @@ class Loading:
         self._shelf = shelf
         self._around = around
         self._request = request
-        self._began = self._looks_since = trio.current_time()
+        self._began = self._looks_since = trio.current_time()  # the trainer's time runs from now on
         self._offers: dict[PeerId, Offer] = {}
         self._links: dict[PeerId, Link] = {}  # to those who have offered something
         self._asked: dict[PeerId, float] = {}  # when, for the last time
@@ -104,8 +104,10 @@ class Loading:
     async def run(self) -> tuple[StateLoaded, HeldState | None]:
         """Load; return the answer for the trainer, and the state. Bounded by the time that the trainer gave."""
         state: HeldState | None = None
+        self._looks_since = trio.current_time()
+        deadline = self._began + self._request.timeout_s
         try:
-            with self._around.desk.hearing(self), trio.move_on_after(self._request.timeout_s) as patience:
+            with self._around.desk.hearing(self), trio.move_on_at(deadline) as patience:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._ask_around, nursery)
                     state = await self._load()

@@ -194,13 +194,19 @@ class Run:
 
     async def load(self, request: LoadState) -> tuple[StateLoaded, HeldState | None]:
         """Get the vector of this run from those who hold it. One at a time: whoever waited finds it here already."""
-        async with self._loads:
+        loading = self.loading(request)  # its time runs from now on
+        with trio.move_on_after(request.timeout_s) as patience:
+            await self._loads.acquire()
+        if patience.cancelled_caught:
+            reason = f"it took longer than {request.timeout_s:g} s: another trainer of this machine loads just now"
+            return StateLoaded(request.seq, False, reason, seconds=request.timeout_s), None
+        try:
             if len(self.seats) == 1:  # nobody here steps meanwhile, so no other peer should wait for us
                 self.lobby.step_aside()
-            try:
-                loaded = await self.loading(request).run()
-            finally:
-                self.lobby.come_back()
+            loaded = await loading.run()
+        finally:
+            self.lobby.come_back()
+            self._loads.release()
         self.lobby.age = self.shelf.age
         return loaded
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from fake_peers import Swarm
 from state_swarm import N_CHUNKS, N_ELEMS, Host, another_trainer, host, small_chunks_and_no_threads, together
 from trio.testing import MockClock
@@ -344,6 +345,33 @@ async def test_a_state_that_a_trainer_still_reads_is_not_written_over(
     await trio.sleep(60)  # nobody holds it any more, but this trainer
     assert (await together([hosts[0], hosts[1]], 7.0, 9.0))[0].averaged
     assert bytes(region) == before
+
+
+async def test_the_time_of_a_load_runs_while_another_trainer_loads(
+    nursery: trio.Nursery, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def find_nothing(self: loading.Loading) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(loading.Loading, "_load", find_nothing)
+    only = await host(slow_swarm(nursery))
+    began, ended = trio.current_time(), {}
+
+    async def load(timeout_s: float) -> None:
+        trainer = await another_trainer(only)
+        answer = await trainer.load(timeout_s)
+        assert not answer.loaded
+        assert answer.seconds == pytest.approx(timeout_s)
+        ended[timeout_s] = trio.current_time() - began, answer.reason
+
+    async with trio.open_nursery() as loads:
+        loads.start_soon(load, 20.0)
+        await trio.testing.wait_all_tasks_blocked()
+        loads.start_soon(load, 2.0)
+        loads.start_soon(load, 30.0)
+    assert {timeout_s: seconds for timeout_s, (seconds, _) in ended.items()} == pytest.approx({2: 2, 20: 20, 30: 30})
+    assert "another trainer of this machine loads" in ended[2.0][1]
+    assert "it took longer than 30 s: nobody was found" in ended[30.0][1]
 
 
 async def test_only_so_many_peers_are_asked(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
