@@ -136,6 +136,8 @@ class Daemon:
         world.datagrams.joined(services.rendezvous)  # type: ignore[arg-type]
         self.machine.start(self.runs.serve)
         self.machine.start(self._train)
+        if random.Random(f"{self.own.hex()} {self.machine.clock()}").random() < world.load_share:
+            self.machine.start(self._look_in)
 
     def wall_ms(self) -> int:
         """Return this machine's wall clock."""
@@ -153,16 +155,16 @@ class Daemon:
 
     async def _train(self) -> None:
         world, rng = self.world, random.Random(self.world.rng.random())
-        tensors = (TensorSpec("w", "float64", (world.n_elems,)),)
         await tasks.sleep(rng.uniform(0, 1.0))
-        seat = await self.runs.attach(
-            Attach(RUN, tensors, world.group_size, world.rounds, "raw", "mean"), f"trainer {self.index}"
-        )
+        seat = await self.runs.attach(self._attach(), f"trainer {self.index}")
         if rng.random() < world.load_share:
-            await self._load(seat, rng)
+            with tasks.CancelScope() as self.stepping:
+                await self._load(seat, rng)
         while self._is_wanted:
             if rng.random() < world.load_share / 3:
-                await self._load(seat, rng)
+                world.oracle.check_published(self, seat.out_region)
+                with tasks.CancelScope() as self.stepping:
+                    await self._load(seat, rng)
             await tasks.sleep(rng.expovariate(1 / world.think_s))
             step = world.next_step(self.index)
             values = coded(self.index, step, world.n_elems)
@@ -184,16 +186,28 @@ class Daemon:
                 await tasks.sleep(0)
         seat.close()
 
+    async def _look_in(self) -> None:
+        """A second trainer comes for a while, loads what the swarm holds, and never asks for a step."""
+        rng = random.Random(self.own.hex())
+        await tasks.sleep(rng.uniform(1.0, 8.0))
+        seat = await self.runs.attach(self._attach(), f"second trainer {self.index}")
+        for _ in range(rng.randint(1, 3)):
+            await self._load(seat, rng)
+            await tasks.sleep(rng.uniform(0, 1.0))
+        seat.close()
+
+    def _attach(self) -> Attach:
+        world = self.world
+        tensors = (TensorSpec("w", "float64", (world.n_elems,)),)
+        return Attach(RUN, tensors, world.group_size, world.rounds, "raw", "mean")
+
     async def _load(self, seat: Any, rng: random.Random) -> None:
-        """The trainer wants the vector that others hold, and takes a while to copy it."""
-        began, timeout_s = self.machine.clock(), rng.choice((2.0, 20.0))
+        """A trainer wants the vector that others hold, and takes a while to copy it."""
+        oracle, began, timeout_s = self.world.oracle, self.machine.clock(), rng.choice((2.0, 20.0))
         step = self.world.next_step(self.index)
-        self.world.oracle.check_published(self, seat.out_region)
-        with tasks.CancelScope() as self.stepping:
-            answer, region = await seat.load_state(LoadState(step, timeout_s))
-            held = self.world.oracle.judge_load(self, seat, answer, region, began, timeout_s)
-            if held:
-                await tasks.sleep(rng.choice((0.0, 0.0, 1.0)))
-                self.world.oracle.check(held == region.view, "I3: what a trainer loads was written again")
-        self.stepping = None
+        answer, region = await seat.load_state(LoadState(step, timeout_s))
+        held = oracle.judge_load(self, seat, answer, region, began, timeout_s)
+        if held:
+            await tasks.sleep(rng.choice((0.0, 0.0, 1.0)))
+            oracle.check(held == region.view, "I3: what a trainer loads was written again")
         seat.release(step)

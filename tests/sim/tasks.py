@@ -103,15 +103,21 @@ class Lock:
         self._is_held = False
         self._released = Event()
 
-    async def __aenter__(self) -> None:
+    async def acquire(self) -> None:
         while self._is_held:
             await self._released.wait()
         self._is_held = True
 
-    async def __aexit__(self, *error: object) -> None:
+    def release(self) -> None:
         self._is_held = False
         self._released.set()
         self._released = Event()
+
+    async def __aenter__(self) -> None:
+        await self.acquire()
+
+    async def __aexit__(self, *error: object) -> None:
+        self.release()
 
 
 def open_nursery() -> Nursery:
