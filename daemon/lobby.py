@@ -152,6 +152,8 @@ class Lobby:
         try:
             async with trio.open_nursery() as nursery:
                 self._contacts.nursery = nursery
+                if self._post is not None:  # an unexpected error has ended that stand
+                    self._stand()
                 nursery.start_soon(supervise, "look at a run", self._watch_roster)
                 nursery.start_soon(supervise, "look at a run", self._watch_slot)
                 nursery.start_soon(supervise, "call those who were lost", self._contacts.keep_calling)

@@ -606,6 +606,19 @@ async def test_nobody_waits_for_who_steps_aside_until_it_comes_back(
     assert all(isinstance(verdict, Begun) for verdict in await all_ask(members))  # whoever asks is back
 
 
+async def test_a_run_that_begins_again_after_a_bug_stands_afresh(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    members = await settled(Swarm(nursery), 3)
+    await all_ask(members)
+    members[0].scope.cancel()
+    await sleep(1)
+    nursery.start_soon(members[0].lobby.serve)
+    await sleep(1)
+    verdicts = await all_ask(members)
+    assert all(isinstance(verdict, Begun) and len(group(verdict)) == 3 for verdict in verdicts)
+
+
 async def test_a_peer_that_comes_back_is_in_the_group_again(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     swarm = Swarm(nursery)
     members = await settled(swarm, 3)
