@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ from e2e_swarm import (
     averagers,
     contributors_of,
     eventually,
-    moved_bytes,
     new_run,
     start_step,
     step_all,
@@ -40,7 +40,8 @@ SLOW_ROUNDS = 12 if SOAK else 1
 FAST_MBIT, SLOW_MBIT = 100, 1
 N_FROZEN_GROUP = 4
 WARM_ROUNDS = 3
-FROZEN_MIB = 32  # that the stop certainly comes in the middle of the round
+FROZEN_MIB = 32
+FROZEN_AT = 10  # of some 24 pieces that a member sends
 FROZEN_S = 60.0 if SOAK else 1.0
 DETECT_S = 2.0
 SLACK = 1 if SOAK else 3  # the short form runs beside other tests
@@ -124,16 +125,18 @@ def test_nobody_waits_for_the_peer_on_a_slow_line(
 
 
 def freeze_in_mid_round(
-    daemons: Sequence[DaemonProcess], attached: Sequence[Averager], victim: int
+    daemons: Sequence[DaemonProcess], attached: Sequence[Averager], victim: int, orders: Path
 ) -> tuple[list[Outcome], float, Background[Outcome]]:
-    """Step, and stop the victim's process once the round is under way.
+    """Step, and let the victim's process stop at its `FROZEN_AT`th piece, by way of its `orders`.
 
     Returns the others' outcomes, how many seconds after that they had the last of them, and the victim's step.
     """
-    goal = moved_bytes(daemons[victim]) + FROZEN_MIB * MIB // 4
+    new = orders.with_suffix(".new")
+    new.write_text(f"send:{FROZEN_AT}:freeze")
+    new.rename(orders)
     steps = [start_step(averager) for averager in attached]
-    eventually(lambda: steps[victim].is_done() or moved_bytes(daemons[victim]) >= goal, "the round is under way")
-    daemons[victim].send(signal.SIGSTOP)
+    stat = Path(f"/proc/{daemons[victim].pid}/stat")
+    eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the victim has stopped")
     stopped = time.monotonic()
     outcomes = [step.join() for i, step in enumerate(steps) if i != victim]
     return outcomes, time.monotonic() - stopped, steps[victim]
@@ -143,7 +146,10 @@ def freeze_in_mid_round(
 def test_a_frozen_peer_is_noticed_and_comes_back_without_its_old_values(
     swarm: Swarm, score: Callable[..., None]
 ) -> None:
-    daemons = swarm.grow(N_FROZEN_GROUP)
+    orders = swarm.home / "orders"
+    orders.touch()
+    daemons = swarm.grow(N_FROZEN_GROUP - 1)
+    daemons.append(swarm.new("--fault", f"@{orders}", "--bootstrap", daemons[0].listen).start().wait_ready())
     victim, run, values = N_FROZEN_GROUP - 1, new_run(), Values(N_FROZEN_GROUP, FROZEN_MIB)
     others = range(victim)
     with averagers(daemons, run, values.vectors) as attached:
@@ -152,12 +158,10 @@ def test_a_frozen_peer_is_noticed_and_comes_back_without_its_old_values(
             values.refill()
             warm_s = max(outcome.seconds for outcome in step_all(attached))
         values.refill()
-        outcomes, detected_s, step = freeze_in_mid_round(daemons, attached, victim)
+        outcomes, detected_s, step = freeze_in_mid_round(daemons, attached, victim, orders)
         frozen = time.monotonic()
         assert all(outcome.averaged for outcome in outcomes), outcomes
-        assert any(daemons[victim].peer in outcome.missing for outcome in outcomes), (
-            "the round was over before the stop"
-        )
+        assert any(daemons[victim].peer in outcome.missing for outcome in outcomes), outcomes
         assert len({values.vectors[i].tobytes() for i in others}) == 1
         values.sets(0)  # or some element would be the mean of nobody
         without: list[float] = []
