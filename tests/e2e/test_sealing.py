@@ -203,7 +203,5 @@ def test_who_attacks_for_ever_costs_one_member_and_not_the_round(relay: Relay, f
     for outcome, vector in zip(outcomes[1:], vectors[1:], strict=True):
         assert outcome.averaged, outcome
         assert vector.tobytes() == vectors[1].tobytes(), "survivors differ"
-        # What it dialled itself does not pass the relay: then it still reduces, for those it has a link to.
-        per_chunk = list(contributors_of(vector, 4))
-        assert all(0 in contributors or {1, 2, 3} <= contributors for contributors in per_chunk)
-        assert set(outcome.contributors) == {four[i].peer for i in frozenset.intersection(*per_chunk)}, outcome
+        assert all({1, 2, 3} <= contributors for contributors in contributors_of(vector, 4))
+        assert set(outcome.contributors) >= {daemon.peer for daemon in four[1:]}, outcome
