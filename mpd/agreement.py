@@ -164,7 +164,7 @@ class Agreement:
         """Decide, tell and install the plan of my attempt once enough promises are here."""
         attempt = self.attempt
         if attempt is not None and attempt.may_decide(self._group.linked, self._round.redo_quorum):
-            plan = decide(self._round, attempt.epoch, attempt.reports, attempt.slow)
+            plan = decide(self._round, attempt.epoch, attempt.reports, attempt.slow, self._group.in_reach)
             self._group.broadcast(write_plan(self._round, plan))
             self._install(now, plan, may_open=True)
 

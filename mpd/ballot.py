@@ -27,12 +27,22 @@ Table = tuple[TableEntry, ...]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Table `epoch`. Its writers wait for the members in `alive`; `holders[chunk]` masks who is known to hold it."""
+    """Table `epoch`. `alive` masks the members that promised it, `holders[chunk]` those known to hold a chunk.
+
+    `cut` masks the members to which its coordinator has no link. They may be alive and well: one broken link says
+    nothing about anybody else, so whoever writes under this plan and has a link to one of them waits for it too.
+    """
 
     epoch: int
     table: Table
     alive: int
     holders: Mapping[int, int]
+    cut: int = 0
+
+    @property
+    def awaited(self) -> int:
+        """Mask of the members for whose pieces a writer waits, as far as it has a link to them."""
+        return self.alive | self.cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +76,8 @@ def has_bit(bitmap: bytes, chunk: int) -> bool:
 # ---------------------------------------------------------------------------------------------------------- deciding
 
 
-def decide(round_plan: RoundPlan, epoch: int, reports: Mapping[int, Report], slow: int) -> Plan:
-    """Return plan `epoch` from the reports of at least a redo quorum.
+def decide(round_plan: RoundPlan, epoch: int, reports: Mapping[int, Report], slow: int, in_reach: int) -> Plan:
+    """Return plan `epoch` from the reports of at least a redo quorum; its coordinator has links to all `in_reach`.
 
     Members in `slow` write nothing new, unless nobody else can, and are not waited for as writers. What they report
     binds only if there is no redo quorum without them: any quorum hears of what may have been published, and what only
@@ -79,7 +89,8 @@ def decide(round_plan: RoundPlan, epoch: int, reports: Mapping[int, Report], slo
         prompt = dict(reports)
     highest = max(prompt.values(), key=lambda report: report.accepted)
     table = highest.table if highest.accepted >= 0 else _choose_freely(round_plan, epoch, prompt, slow)
-    return Plan(epoch, table, alive, _uneven_holders(table, reports))
+    cut = round_plan.everyone & ~(in_reach | alive)
+    return Plan(epoch, table, alive, _uneven_holders(table, reports), cut)
 
 
 def _choose_freely(round_plan: RoundPlan, epoch: int, reports: Mapping[int, Report], slow: int) -> Table:
@@ -190,7 +201,8 @@ def read_table(round_plan: RoundPlan, changes: tuple[Entry, ...], newest: int) -
 
 def write_plan(round_plan: RoundPlan, plan: Plan) -> NewPlan:
     """Return the message that tells `plan`."""
-    return NewPlan(plan.epoch, plan.alive, changes_of(round_plan, plan.table), tuple(sorted(plan.holders.items())))
+    changes, holders = changes_of(round_plan, plan.table), tuple(sorted(plan.holders.items()))
+    return NewPlan(plan.epoch, plan.alive, changes, holders, plan.cut)
 
 
 def read_plan(round_plan: RoundPlan, message: NewPlan) -> Plan:
@@ -201,6 +213,8 @@ def read_plan(round_plan: RoundPlan, message: NewPlan) -> Plan:
         raise PeerError(f"plan {epoch} was promised by {alive:#x}: {round_plan.redo_quorum} members expected")
     if not alive >> epoch % round_plan.n_members & 1:
         raise PeerError(f"plan {epoch} was not promised by its own coordinator")
+    if message.cut & (alive | ~round_plan.everyone):
+        raise PeerError(f"plan {epoch} calls {message.cut:#x} cut off: members that did not promise it expected")
     table = read_table(round_plan, message.changes, epoch)
     if any(version == epoch and not alive >> writer & 1 for version, writer in table):
         raise PeerError(f"plan {epoch} has a chunk redone by a member that did not promise it")
@@ -209,7 +223,7 @@ def read_plan(round_plan: RoundPlan, message: NewPlan) -> Plan:
         if not previous < chunk < round_plan.n_chunks or holders & ~alive:
             raise PeerError(f"plan {epoch} lists holders {holders:#x} of chunk {chunk}: promisers, chunks rising")
         previous = chunk
-    return Plan(epoch, table, alive, dict(message.holders))
+    return Plan(epoch, table, alive, dict(message.holders), message.cut)
 
 
 def write_promise(round_plan: RoundPlan, epoch: int, report: Report) -> Promise:

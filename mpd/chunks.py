@@ -78,7 +78,7 @@ class Chunks:
 
     def close_what_is_ready(self) -> None:
         """Who is waited for may have changed: close what waits for nobody any more."""
-        self.collector.expect(self.plan.alive & self._group.linked)
+        self.collector.expect(self.plan.awaited & self._group.linked)
         for chunk in self.collector.chunks():
             self._close_if_ready(chunk)
 

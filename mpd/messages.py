@@ -445,15 +445,20 @@ class Promise:
 
 @dataclass(frozen=True, slots=True)
 class NewPlan:
-    """Plan `epoch`: its table against plan 0, the members whose pieces its writers wait for, and who holds what."""
+    """Plan `epoch`: its table against plan 0, who promised it, who holds what, and who is `cut` off its coordinator.
+
+    Its writers wait for the pieces of those who promised, and of whoever is cut off the coordinator but not off them.
+    """
 
     epoch: int
     alive: int
     changes: tuple[Entry, ...]
     holders: tuple[tuple[int, int], ...]
+    cut: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.epoch > 0 and _is_mask(self.alive), "a planned epoch is positive and a mask has 64 bits")
+        _require(self.epoch > 0, "a planned epoch is positive")
+        _require(_is_mask(self.alive) and _is_mask(self.cut), "a mask has 64 bits")
         _require(all(_is_mask(mask) for _, mask in self.holders), "a mask has 64 bits")
 
 

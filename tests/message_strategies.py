@@ -51,6 +51,7 @@ BOUNDED: dict[str, st.SearchStrategy[Any]] = {
     "accepted": st.integers(-1, 2**62),
     "slow": MASKS,
     "alive": MASKS,
+    "cut": MASKS,
     "holders": st.lists(st.tuples(COUNTS, MASKS), max_size=5).map(tuple),
     "why": st.sampled_from(DECLINES),
     "bandwidth": st.floats(0, 1e12),

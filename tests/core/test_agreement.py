@@ -126,7 +126,7 @@ def test_a_coordinator_prepares_its_own_next_epoch_and_decides_with_everyone() -
         assert member.said() == []
     member.agreement.on_promise(3, Promise(5, True, 5, -1, (), b"\x01", b"\x00"))
     member.agreement.decide_if_possible(0.0)
-    plan = NewPlan(5, 0b01111, ((1, 5, 0),), ((0, 0b01000),))
+    plan = NewPlan(5, 0b01111, ((1, 5, 0),), ((0, 0b01000),), 0b10000)
     assert member.said()[:3] == [(to, plan) for to in (1, 2, 3)]
     assert member.agreement.plan.epoch == 5
     assert member.agreement.attempt is None

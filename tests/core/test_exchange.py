@@ -341,6 +341,14 @@ def test_a_slow_link_to_a_reducer_is_bypassed() -> None:
     assert not net.sent["redone piece"]
 
 
+def test_whom_only_the_coordinator_has_lost_is_in_what_others_redo() -> None:
+    net = Net(make_plans(5, [4, 4]))
+    net.cut(0, 3)
+    net.crash(4)
+    net.run(until=1.0)  # 0 coordinates without 3, and redoes the first chunk; 1 redoes the second
+    assert outcomes(net) == [[0b00111, 0b01111]] * 4
+
+
 def test_pieces_of_redone_chunks_are_asked_for_a_few_at_a_time() -> None:
     exchange, _ = machine(3, 1, [0] * 20)
     exchange.on_message(0.0, 0, NewPlan(3, 0b111, tuple((c, 3, 1) for c in range(20)), ()))
@@ -408,6 +416,8 @@ def test_other_contents_under_the_same_plan_fail_the_round_before_it_is_publishe
         (1, NewPlan(2, 0b110, ((0, 2, 7),), ())),
         (1, NewPlan(2, 0b110, (), ((0, 0b001),))),
         (1, NewPlan(2, 0b110, (), ((5, 0b010),))),
+        (1, NewPlan(2, 0b110, (), (), 0b010)),
+        (1, NewPlan(2, 0b110, (), (), 0b1000)),
         (1, Want(0, ((-1, 0),))),
         (1, Want(0, ((2, 0),))),
         (1, Want(0, tuple((0, 0) for _ in range(1000)))),

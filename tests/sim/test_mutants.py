@@ -40,7 +40,7 @@ def install_plans_below_the_promise(patch: pytest.MonkeyPatch) -> None:
 def ignore_the_highest_done(patch: pytest.MonkeyPatch) -> None:
     """A coordinator chooses freely, whatever was accepted."""
 
-    def deaf(round_plan: Any, epoch: int, reports: Any, slow: int) -> Any:
+    def deaf(round_plan: Any, epoch: int, reports: Any, slow: int, in_reach: int) -> Any:
         table = ballot._choose_freely(round_plan, epoch, reports, slow)
         return ballot.Plan(epoch, table, ballot.mask_of(reports), ballot._uneven_holders(table, reports))
 
