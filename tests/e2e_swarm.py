@@ -63,6 +63,7 @@ class DaemonProcess:
         self.peer = ""
         self.listen = ""
         self._log = home / f"{name}.log"
+        self._orders = home / f"{name}.faults"
         self._marked = 0
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -135,6 +136,17 @@ class DaemonProcess:
             self.send(signal.SIGKILL)
             self.wait()
 
+    def make_armable(self) -> None:
+        """Have the process, which has not been started yet, read from a file what is to go wrong."""
+        self._orders.touch()
+        self.options = ("--fault", f"@{self._orders}", *self.options)
+
+    def arm(self, spec: str) -> None:
+        """Let the process, if it is armable, have these accidents from now on (see mpd.daemon.faults), or none."""
+        new = self._orders.with_suffix(".new")
+        new.write_text(spec)
+        new.rename(self._orders)
+
     def log(self) -> str:
         """Return what the daemon has written since `mark_log`, for failure messages."""
         text = self._log.read_bytes()[self._marked :].decode() if self._log.exists() else ""
@@ -175,10 +187,12 @@ class Swarm:
     def __getitem__(self, index: int) -> DaemonProcess:
         return self.daemons[index]
 
-    def new(self, *options: str, enter: Sequence[str] = ()) -> DaemonProcess:
-        """Return a daemon that is not started yet."""
+    def new(self, *options: str, enter: Sequence[str] = (), armable: bool = False) -> DaemonProcess:
+        """Return a daemon that is not started yet; an `armable` one can be told later what goes wrong."""
         listen = () if "--listen" in options else ("--listen", "127.0.0.1:0")
         daemon = DaemonProcess(self.home, f"d{len(self.daemons)}", *listen, *options, enter=enter)
+        if armable:
+            daemon.make_armable()
         self.daemons.append(daemon)
         return daemon
 

@@ -103,7 +103,6 @@ class Arena:
 
     def __init__(self, swarm: Swarm) -> None:
         self.swarm = swarm
-        self._orders = [swarm.home / f"d{i}.faults" for i in range(N_PEERS)]
         self.run = new_run()
         self.vectors = [np.zeros(VECTOR_BYTES // 4, np.float32) for _ in range(N_PEERS)]
         self._averagers: dict[int, Averager] = {}
@@ -111,12 +110,10 @@ class Arena:
 
     def start(self) -> None:
         """Start the daemons and attach the trainers."""
-        for order in self._orders:
-            order.touch()
-        first = self.swarm.new("--fault", f"@{self._orders[0]}").start().wait_ready()
+        first = self.swarm.new(armable=True).start().wait_ready()
         for i in range(1, N_PEERS):
             outbound = ("--outbound-only",) if i == OUTBOUND else ()
-            self.swarm.new("--fault", f"@{self._orders[i]}", "--bootstrap", first.listen, *outbound).start()
+            self.swarm.new("--bootstrap", first.listen, *outbound, armable=True).start()
         for daemon in self.daemons:
             daemon.wait_ready()
         self._averagers = {i: self._attach(i) for i in range(N_PEERS)}
@@ -147,7 +144,7 @@ class Arena:
         self._fill()
         self._prepare(cell, victim)
         if spare is not None:
-            self._order(spare, "return:1:kill")
+            self.daemons[spare].arm("return:1:kill")
         steps: dict[int, Background[_Step]] = {}
 
         def begin(i: int, has_begun: Callable[[], bool], what: str) -> None:
@@ -175,7 +172,7 @@ class Arena:
         if result.struck is bool(cell.is_impossible):
             result.objections.append(f"struck: {result.struck}, impossible: {cell.is_impossible or 'no'}")
         for i in range(N_PEERS):
-            self._order(i, "")
+            self.daemons[i].arm("")
             if i not in dead and not self.daemons[i].is_running():
                 result.objections.append(f"daemon {i} has ended")
         if cell.action == "freeze":
@@ -198,7 +195,7 @@ class Arena:
         The values that the step has left stay until the next one; daemons are revived by `mend`.
         """
         result = Result(Cell("return", "reducer", "kill"))
-        self._order(victim, f"return:{turn}:kill")
+        self.daemons[victim].arm(f"return:{turn}:kill")
         done = dict(enumerate(self._step_all()))
         self.daemons[victim].wait()
         own = done.pop(victim)
@@ -207,7 +204,7 @@ class Arena:
 
     def mend(self, victim: int) -> None:
         """Revive a daemon that was killed, and wait until everybody stands in one result again."""
-        self._order(victim, "")
+        self.daemons[victim].arm("")
         self._make_whole({victim})
 
     def _prepare(self, cell: Cell, victim: int) -> None:
@@ -219,7 +216,7 @@ class Arena:
             daemon.kill()
             daemon.start().wait_ready()
             daemon.mark_log()
-        self._order(victim, cell.spec)
+        self.daemons[victim].arm(cell.spec)
 
     def _has_struck(self, cell: Cell, victim: int) -> bool:
         return f"fault: {cell.spec}" in self.daemons[victim].log()
@@ -269,12 +266,6 @@ class Arena:
                 say(f"{who} holds other bytes or names other peers than the rest")
 
     # ----------------------------------------------------------------------------------------------------- machinery
-
-    def _order(self, i: int, spec: str) -> None:
-        """Arm daemon `i` with `spec`, or with nothing; what it had counted is forgotten."""
-        new = self._orders[i].with_suffix(".new")
-        new.write_text(spec)
-        new.rename(self._orders[i])
 
     def _fill(self) -> None:
         for i, vector in enumerate(self.vectors):

@@ -125,15 +125,13 @@ def test_nobody_waits_for_the_peer_on_a_slow_line(
 
 
 def freeze_in_mid_round(
-    daemons: Sequence[DaemonProcess], attached: Sequence[Averager], victim: int, orders: Path
+    daemons: Sequence[DaemonProcess], attached: Sequence[Averager], victim: int
 ) -> tuple[list[Outcome], float, Background[Outcome]]:
-    """Step, and let the victim's process stop at its `FROZEN_AT`th piece, by way of its `orders`.
+    """Step, and let the victim's process stop at its `FROZEN_AT`th piece.
 
     Returns the others' outcomes, how many seconds after that they had the last of them, and the victim's step.
     """
-    new = orders.with_suffix(".new")
-    new.write_text(f"send:{FROZEN_AT}:freeze")
-    new.rename(orders)
+    daemons[victim].arm(f"send:{FROZEN_AT}:freeze")
     steps = [start_step(averager) for averager in attached]
     stat = Path(f"/proc/{daemons[victim].pid}/stat")
     eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the victim has stopped")
@@ -146,10 +144,8 @@ def freeze_in_mid_round(
 def test_a_frozen_peer_is_noticed_and_comes_back_without_its_old_values(
     swarm: Swarm, score: Callable[..., None]
 ) -> None:
-    orders = swarm.home / "orders"
-    orders.touch()
     daemons = swarm.grow(N_FROZEN_GROUP - 1)
-    daemons.append(swarm.new("--fault", f"@{orders}", "--bootstrap", daemons[0].listen).start().wait_ready())
+    daemons.append(swarm.new("--bootstrap", daemons[0].listen, armable=True).start().wait_ready())
     victim, run, values = N_FROZEN_GROUP - 1, new_run(), Values(N_FROZEN_GROUP, FROZEN_MIB)
     others = range(victim)
     with averagers(daemons, run, values.vectors) as attached:
@@ -158,7 +154,7 @@ def test_a_frozen_peer_is_noticed_and_comes_back_without_its_old_values(
             values.refill()
             warm_s = max(outcome.seconds for outcome in step_all(attached))
         values.refill()
-        outcomes, detected_s, step = freeze_in_mid_round(daemons, attached, victim, orders)
+        outcomes, detected_s, step = freeze_in_mid_round(daemons, attached, victim)
         frozen = time.monotonic()
         assert all(outcome.averaged for outcome in outcomes), outcomes
         assert any(daemons[victim].peer in outcome.missing for outcome in outcomes), outcomes
