@@ -8,8 +8,9 @@ answer. Then the timestamp has to be right within half a minute, a request must 
 sender has to be within its quota. The key tells members from outsiders and not from each other; signatures do that.
 
 An address that keeps sending what fails the MAC is not even listened to for a moment, unless a contact lives there or
-we are waiting for its answer; and nobody is, but for those, while noise in total, or the requests of strangers, come
-faster than they may. `Gate.muted` tells who that is, so that the socket need not hand it on (`dht_filter.py`).
+it seems to be the answer that we are waiting for; and nobody is, but for those, while noise in total, or the requests
+of strangers, come faster than they may. `Gate.muted` tells who that is, so that the socket need not hand it on
+(`dht_filter.py`).
 """
 
 import hmac
@@ -39,6 +40,7 @@ COMPLAIN_S = 60.0  # how long a wrong clock is spoken of
 _MAC_BYTES = 16
 _HEAD = struct.Struct("<QB20s")
 HEADER_BYTES = _MAC_BYTES + _HEAD.size
+KIND_AT = _MAC_BYTES + 8
 
 Address = tuple[str, int]
 
@@ -108,7 +110,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Muted:
-    """Whom the gate does not listen to for a moment, unless it is a contact or was asked.
+    """Whom the gate does not listen to for a moment, unless it is a contact, or was asked and replies.
 
     `sources` are those of `source_of`, None: everybody; by `until` (of the gate's clock) the first of them has served
     its time.
@@ -189,7 +191,8 @@ class Gate:
     def _reason_against(self, datagram: bytes, address: Address, contact: bytes | None, is_expected: bool) -> str:
         if not HEADER_BYTES < len(datagram) <= MAX_DATAGRAM_BYTES:
             return "size"
-        if contact is None and not is_expected and self._is_muted(source_of(address[0])):
+        is_answer = is_expected and datagram[KIND_AT] == REPLY
+        if contact is None and not is_answer and self._is_muted(source_of(address[0])):
             return "flood"
         mac, signed = datagram[:_MAC_BYTES], memoryview(datagram)[_MAC_BYTES:]
         if not any(hmac.compare_digest(mac, _mac(key, signed)) for key in self._trust.datagram_keys()):

@@ -213,8 +213,8 @@ class GuardedProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia has n
         muted = self._gate.muted()
         if muted is not self._muted:
             self._muted = muted
-            spared = self.calls.addresses() | self.router.homes.keys()
-            self._unwanted = None if muted is None else Sieve(spared, muted.sources)
+            contacts = frozenset(self.router.homes)
+            self._unwanted = None if muted is None else Sieve(contacts, self.calls.addresses(), muted.sources)
         return self._unwanted
 
     def error_received(self, exc: Exception) -> None:

@@ -51,7 +51,7 @@ class DatagramSocket(asyncio.DatagramTransport):
         self._budgets = budgets
         self._unwanted = unwanted
         self._told: Sieve | None = None  # what was unwanted when we asked last
-        self._sieve: Sieve | None = None  # what the kernel drops now: that, without those whom we have asked since
+        self._sieve: Sieve | None = None  # what the kernel drops now: that, less those whom we have asked since
         self._sifting: asyncio.TimerHandle | None = None  # until then the filter stays as it is
         self._n_dropped = count_dropped(sock)
         self._pause: asyncio.TimerHandle | None = None
@@ -127,8 +127,8 @@ class DatagramSocket(asyncio.DatagramTransport):
         self._n_dropped = n_dropped
 
     def _spare(self, address: Any) -> None:
-        """Listen to the one we are about to ask."""
+        """Listen to replies of the one to whom we are about to send something."""
         assert self._sieve is not None
         plain = (address[0].removeprefix("::ffff:"), address[1])
-        if self._sieve.drops(plain):
-            self._use(Sieve(self._sieve.spared | {plain}, self._sieve.muted))
+        if self._sieve.drops(plain, is_reply=True):
+            self._use(Sieve(self._sieve.contacts, self._sieve.asked | {plain}, self._sieve.muted))

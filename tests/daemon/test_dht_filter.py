@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from mpd.daemon.dht_filter import MAX_INSTRUCTIONS, MAX_MUTED, Sieve, attach, count_dropped, detach
+from mpd.daemon.dht_gate import KIND_AT, REPLY, REQUEST
 
 NOBODY: frozenset[tuple[str, int]] = frozenset()
 
@@ -28,11 +29,12 @@ def sockets(family: socket.AddressFamily, *hosts: str) -> Iterator[list[socket.s
             sock.close()
 
 
-def hears(ours: socket.socket, other: socket.socket) -> bool:
+def hears(ours: socket.socket, other: socket.socket, kind: int = REQUEST) -> bool:
     """Return whether a datagram from `other` gets to `ours`; on the loopback it has come, or not, when it was sent."""
-    other.sendto(b"hello", ("::1" if other.family == socket.AF_INET6 else "127.0.0.1", ours.getsockname()[1]))
+    datagram = bytes([*bytes(KIND_AT), kind, *bytes(30)])
+    other.sendto(datagram, ("::1" if other.family == socket.AF_INET6 else "127.0.0.1", ours.getsockname()[1]))
     try:
-        return ours.recv(100) == b"hello"
+        return ours.recv(100) == datagram
     except BlockingIOError:
         return False
 
@@ -45,7 +47,8 @@ def address_of(sock: socket.socket) -> tuple[str, int]:
 def assert_sieved(ours: socket.socket, others: list[socket.socket], sieve: Sieve) -> None:
     assert attach(ours, sieve)
     for other in others:
-        assert hears(ours, other) != sieve.drops(address_of(other))
+        for kind in REQUEST, REPLY:
+            assert hears(ours, other, kind) != sieve.drops(address_of(other), kind == REPLY)
 
 
 V4 = (socket.AF_INET, "127.0.0.1", "127.0.0.1", "127.0.0.2", "127.0.0.2", "127.0.0.3")
@@ -59,22 +62,24 @@ def test_the_kernel_drops_what_the_sieve_says(which: tuple[socket.AddressFamily,
         muted = [None, frozenset({"127.0.0.2"}), frozenset({"127.0.0.3", "::/64"}), frozenset({"192.0.2.1"})]
         for each in spared:
             for sources in muted:
-                assert_sieved(ours, others, Sieve(each, sources))
-        assert Sieve(NOBODY, frozenset({"127.0.0.2"})).drops(("127.0.0.2", 1))
-        assert Sieve(NOBODY, frozenset({"::/64"})).drops(("::1", 1))
+                assert_sieved(ours, others, Sieve(each, NOBODY, sources))
+                assert_sieved(ours, others, Sieve(NOBODY, each, sources))
+                assert_sieved(ours, others, Sieve(spared[1], each, sources))
+        assert Sieve(NOBODY, NOBODY, frozenset({"127.0.0.2"})).drops(("127.0.0.2", 1), is_reply=True)
+        assert Sieve(NOBODY, NOBODY, frozenset({"::/64"})).drops(("::1", 1), is_reply=True)
         detach(ours)
         assert all(hears(ours, other) for other in others)
 
 
 def test_of_a_v6_customer_all_addresses_are_muted() -> None:
-    sieve = Sieve(NOBODY, frozenset({"2001:db8:0:7::/64"}))
-    assert sieve.drops(("2001:db8:0:7:1:2:3:4", 1))
-    assert not sieve.drops(("2001:db8:0:8::1", 1))
+    sieve = Sieve(NOBODY, NOBODY, frozenset({"2001:db8:0:7::/64"}))
+    assert sieve.drops(("2001:db8:0:7:1:2:3:4", 1), is_reply=False)
+    assert not sieve.drops(("2001:db8:0:8::1", 1), is_reply=False)
 
 
 def test_what_is_dropped_is_counted() -> None:
     with sockets(socket.AF_INET, "127.0.0.1", "127.0.0.1") as (ours, other):
-        assert attach(ours, Sieve(NOBODY, None))
+        assert attach(ours, Sieve(NOBODY, NOBODY, None))
         assert not any(hears(ours, other) for _ in range(7))
         assert count_dropped(ours) == 7
 
@@ -84,11 +89,11 @@ def test_hundreds_are_spared_and_thousands_are_too_many() -> None:
         return frozenset((f"10.0.{i // 256}.{i % 256}", 4747) for i in range(n))
 
     with sockets(socket.AF_INET, "127.0.0.1", "127.0.0.1") as (ours, other):
-        assert_sieved(ours, [other], Sieve(crowd(MAX_INSTRUCTIONS // 5 - 10) | {address_of(other)}, None))
-        assert not attach(ours, Sieve(crowd(MAX_INSTRUCTIONS), None))
+        assert_sieved(ours, [other], Sieve(crowd(MAX_INSTRUCTIONS // 5 - 10) | {address_of(other)}, NOBODY, None))
+        assert not attach(ours, Sieve(crowd(MAX_INSTRUCTIONS), NOBODY, None))
         muted = frozenset(f"10.0.{i // 256}.{i % 256}" for i in range(1000))
-        assert_sieved(ours, [other], Sieve(NOBODY, muted))
-        n_instructions = len(Sieve(NOBODY, muted).program() or b"") // 8
+        assert_sieved(ours, [other], Sieve(NOBODY, NOBODY, muted))
+        n_instructions = len(Sieve(NOBODY, NOBODY, muted).program() or b"") // 8
         assert n_instructions < 4 * MAX_MUTED
 
 
@@ -107,10 +112,10 @@ def test_where_there_are_no_filters_everything_is_heard(monkeypatch: pytest.Monk
             raise OSError("no such option")
 
     with Refusing(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        assert not attach(sock, Sieve(NOBODY, None))
+        assert not attach(sock, Sieve(NOBODY, NOBODY, None))
         detach(sock)
         assert count_dropped(sock) == 0
     monkeypatch.setattr("sys.platform", "darwin")
     with sockets(socket.AF_INET, "127.0.0.1", "127.0.0.1") as (ours, other):
-        assert not attach(ours, Sieve(NOBODY, None))
+        assert not attach(ours, Sieve(NOBODY, NOBODY, None))
         assert hears(ours, other)

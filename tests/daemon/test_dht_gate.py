@@ -183,6 +183,8 @@ def test_contacts_and_those_we_asked_are_heard_through_any_noise() -> None:
     assert post.opens(post.gate.seal(REQUEST, MESSAGE_ID, b"b"), ("203.0.113.1", 1), contact=peer(2))
     reply = post.gate.seal(REPLY, MESSAGE_ID, b"c")
     assert post.gate.open(reply, ("203.0.113.1", 1), None, is_expected=True) is not None
+    request = post.gate.seal(REQUEST, MESSAGE_ID, b"d")
+    assert post.gate.open(request, ("203.0.113.1", 1), None, is_expected=True) is None, "who knocks is soon asked"
 
 
 def test_who_is_not_listened_to_is_told_as_long_as_that_is_so() -> None:

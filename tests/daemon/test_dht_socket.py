@@ -11,7 +11,7 @@ from dht_swarm import on_one_loop, turn, udp_socket, until
 from mpd.daemon import dht_socket
 from mpd.daemon.budgets import Budgets, RateBudget
 from mpd.daemon.dht_filter import Sieve
-from mpd.daemon.dht_gate import MAX_DATAGRAM_BYTES
+from mpd.daemon.dht_gate import KIND_AT, MAX_DATAGRAM_BYTES, REPLY
 from mpd.daemon.dht_socket import PER_WAKE_UP, DatagramSocket, hand_on_all
 
 NEVER_FULL = 1_000_000
@@ -117,7 +117,7 @@ def test_reading_goes_on_after_a_pause() -> None:
     on_one_loop(test)
 
 
-NOBODY_HEARD = Sieve(frozenset(), None)
+NOBODY_HEARD = Sieve(frozenset(), frozenset(), None)
 
 
 def test_what_nobody_wants_is_not_read_and_is_counted() -> None:
@@ -158,7 +158,7 @@ def test_whoever_is_asked_meanwhile_is_heard_until_it_is_over() -> None:
         await until(lambda: bool(ear.heard))
         ours.sendto(b"question", other.getsockname())
         await until(lambda: n_looks >= 3)
-        other.send(b"answer")
+        other.send(bytes([*bytes(KIND_AT), REPLY, 0]))
         await until(lambda: len(ear.heard) == 2)
         ours.close()
         other.close()
@@ -172,7 +172,7 @@ def test_the_filter_is_exchanged_rarely_however_often_it_changes(monkeypatch: py
     monkeypatch.setattr(dht_socket, "SIFT_S", 3600.0)
 
     async def test() -> None:
-        ear, ours, other = open_socket(unwanted=lambda: Sieve(frozenset(), None))
+        ear, ours, other = open_socket(unwanted=lambda: Sieve(frozenset(), frozenset(), None))
         for i in range(10):
             other.send(b"%d" % i)
             await until(lambda wanted=i + 1: len(ear.heard) == wanted)  # type: ignore[misc]
