@@ -198,9 +198,10 @@ def raise_descriptor_limit() -> None:
 class Budgets:
     """All limits of one daemon, with their defaults.
 
-    Those of the DHT's thread: `datagrams` and `datagrams_per_address` (of datagrams that carry no valid MAC),
-    `wake_ups` (to read datagrams; without one left they wait a moment for each other), `requests_per_member`,
-    `requests_of_strangers`, `records`, `record_bytes` and `records_per_publisher`.
+    Those of the DHT's thread: `datagrams` and `datagrams_per_address` (of datagrams that carry no valid MAC; those that
+    the kernel dropped unread are `refused` by the former), `wake_ups` (to read datagrams; without one left they wait a
+    moment for each other), `requests_per_member`, `requests_of_strangers`, `records`, `record_bytes` and
+    `records_per_publisher`.
     """
 
     # Other daemons.

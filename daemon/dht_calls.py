@@ -68,6 +68,10 @@ class Calls:
         """Return whether an answer from this address is awaited."""
         return address in self._n_asked
 
+    def addresses(self) -> frozenset[Address]:
+        """Return all addresses from which an answer is awaited."""
+        return frozenset(self._n_asked)
+
     def ask(self, address: Address, node_id: bytes | None, request: m.Request, repeat: bool = True) -> Answer:
         """Send `request` and return the future of its reply, of None if there is none."""
         message_id, body = os.urandom(MESSAGE_ID_BYTES), m.encode_request(request)

@@ -8,7 +8,9 @@ answer. Then the timestamp has to be right within half a minute, a request must 
 sender has to be within its quota. The key tells members from outsiders and not from each other; signatures do that.
 
 An address that keeps sending what fails the MAC is not even listened to for a moment, unless a contact lives there or
-we are waiting for its answer.
+it seems to be the answer that we are waiting for; and nobody is, but for those, while noise in total, or the requests
+of strangers, come faster than they may. `Gate.muted` tells who that is, so that the socket need not hand it on
+(`dht_filter.py`).
 """
 
 import hmac
@@ -38,6 +40,7 @@ COMPLAIN_S = 60.0  # how long a wrong clock is spoken of
 _MAC_BYTES = 16
 _HEAD = struct.Struct("<QB20s")
 HEADER_BYTES = _MAC_BYTES + _HEAD.size
+KIND_AT = _MAC_BYTES + 8
 
 Address = tuple[str, int]
 
@@ -105,6 +108,18 @@ class Opened:
     body: memoryview
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Muted:
+    """Whom the gate does not listen to for a moment, unless it is a contact, or was asked and replies.
+
+    `sources` are those of `source_of`, None: everybody; by `until` (of the gate's clock) the first of them has served
+    its time.
+    """
+
+    sources: frozenset[str] | None
+    until: float
+
+
 class Gate:
     """Seals what one socket sends and opens what it receives. `refused` counts what does not pass, by reason.
 
@@ -127,6 +142,7 @@ class Gate:
         self._remembered: dict[bytes, float] = {}  # MACs of requests, and when they came; the oldest first
         self._muted_until: dict[str, float] = {}
         self._all_muted_until = 0.0
+        self._muted: Muted | None = None  # as told last
         self._complaint = (0.0, "")
 
     def seal(self, kind: int, message_id: bytes, body: bytes) -> bytes:
@@ -146,6 +162,22 @@ class Gate:
         _, kind, message_id = _HEAD.unpack_from(datagram, _MAC_BYTES)
         return Opened(kind == REQUEST, message_id, memoryview(datagram)[HEADER_BYTES:])
 
+    def muted(self) -> Muted | None:
+        """Return who is not listened to now, None: nobody. The same object as before while nobody came or went."""
+        if not (self._muted_until or self._all_muted_until):
+            return None
+        now = self._clock()
+        if self._muted is not None and now < self._muted.until:
+            return self._muted
+        self._muted_until = {source: until for source, until in self._muted_until.items() if now < until}
+        if now < self._all_muted_until:
+            self._muted = Muted(None, self._all_muted_until)
+        elif self._muted_until:
+            self._muted = Muted(frozenset(self._muted_until), min(self._muted_until.values()))
+        else:
+            self._muted, self._all_muted_until = None, 0.0
+        return self._muted
+
     def is_now(self, at_ms: int) -> bool:
         """Return whether a time is the present, as far as clocks may differ."""
         return abs(at_ms - self._wall_ms()) <= WINDOW_MS
@@ -159,7 +191,8 @@ class Gate:
     def _reason_against(self, datagram: bytes, address: Address, contact: bytes | None, is_expected: bool) -> str:
         if not HEADER_BYTES < len(datagram) <= MAX_DATAGRAM_BYTES:
             return "size"
-        if contact is None and not is_expected and self._is_muted(source_of(address[0])):
+        is_answer = is_expected and datagram[KIND_AT] == REPLY
+        if contact is None and not is_answer and self._is_muted(source_of(address[0])):
             return "flood"
         mac, signed = datagram[:_MAC_BYTES], memoryview(datagram)[_MAC_BYTES:]
         if not any(hmac.compare_digest(mac, _mac(key, signed)) for key in self._trust.datagram_keys()):
@@ -189,14 +222,25 @@ class Gate:
         if not self._budgets.datagrams_per_address.take(now, source):
             if len(self._muted_until) >= MAX_MUTED:
                 self._muted_until.clear()
+            if self._muted_until.get(source, 0.0) <= now:
+                self._muted = None
             self._muted_until[source] = now + MUTE_S
         if not self._budgets.datagrams.take(now):
-            self._all_muted_until = now + MUTE_S
+            self._mute_all(now)
 
     def _is_within_quota(self, contact: bytes | None) -> bool:
-        if contact is None:
-            return self._budgets.requests_of_strangers.take(self._clock())
-        return self._budgets.requests_per_member.take(self._clock(), contact)
+        now = self._clock()
+        if contact is not None:
+            return self._budgets.requests_per_member.take(now, contact)
+        if self._budgets.requests_of_strangers.take(now):
+            return True
+        self._mute_all(now)  # until a few more are earned, none of them would pass
+        return False
+
+    def _mute_all(self, now: float) -> None:
+        if self._all_muted_until <= now:
+            self._muted = None
+        self._all_muted_until = now + MUTE_S
 
     def _remember(self, mac: bytes) -> None:
         now = self._clock()

@@ -115,7 +115,7 @@ class DhtNode(Server):  # type: ignore[misc]  # kademlia has no annotations
         config = self._config
         self._loop.set_exception_handler(self._on_loop_error)
         self.protocol = self._create_protocol()
-        self.transport = DatagramSocket(self._loop, config.sock, self.protocol, config.budgets.wake_ups)
+        self.transport = DatagramSocket(self._loop, config.sock, self.protocol, config.budgets, self.protocol.unwanted)
         self._publisher = Publisher(
             self.protocol, self._proofs, config.wall_ms, config.replicas, config.rng, self._spawn
         )

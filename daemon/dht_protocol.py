@@ -22,7 +22,8 @@ from . import dht_messages as m
 from . import faults
 from .dht_calls import Answer, Call, Calls, then
 from .dht_contacts import Contacts
-from .dht_gate import MAX_DATAGRAM_BYTES, MESSAGE_ID_BYTES, REPLY, REQUEST, Address, DhtTrust, Gate
+from .dht_filter import Sieve
+from .dht_gate import MAX_DATAGRAM_BYTES, MESSAGE_ID_BYTES, REPLY, REQUEST, Address, DhtTrust, Gate, Muted
 from .dht_limits import LOOPBACK, Neighbourhood, kind_of
 from .dht_proof import Proofs
 from .dht_records import RecordStore, WireRecord
@@ -60,6 +61,8 @@ class GuardedProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia has n
         self._pings: dict[tuple[bytes, Address], Answer] = {}
         self._own_address: Address = ("", 0)
         self._maps_v4 = False
+        self._muted: Muted | None = None
+        self._unwanted: Sieve | None = None
         self.n_unasked = 0  # requests from addresses that we had not asked anything
 
     def __getattr__(self, name: str) -> Any:
@@ -204,6 +207,15 @@ class GuardedProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia has n
             self._accept_request(opened.message_id, opened.body, address, len(data))
         else:
             self.calls.accept(opened.message_id, opened.body, address)
+
+    def unwanted(self) -> Sieve | None:
+        """Return what the gate would refuse whatever it says; the same object while that is unchanged."""
+        muted = self._gate.muted()
+        if muted is not self._muted:
+            self._muted = muted
+            contacts = frozenset(self.router.homes)
+            self._unwanted = None if muted is None else Sieve(contacts, self.calls.addresses(), muted.sources)
+        return self._unwanted
 
     def error_received(self, exc: Exception) -> None:
         self.refused["not sent"] += 1

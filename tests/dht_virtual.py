@@ -35,6 +35,9 @@ class FakeSocket:
     def setsockopt(self, *args: int) -> None:
         """There is no kernel to ask for anything."""
 
+    def getsockopt(self, *args: int) -> bytes:
+        return b""
+
     def sendto(self, datagram: bytes, address: Address) -> None:
         self._loop.deliver(datagram, self._address, address)
 

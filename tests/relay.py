@@ -4,7 +4,8 @@ Strategy: the daemon announces the relay's address as its own, so every connecti
 here. Each direction is a thread that copies bytes. Sealed data connections are cut at the borders of their records
 (header in clear, body, tag), so that an attack can be told in records: it gets each one with its number, and returns
 what to send in its place, or None to reset the connection. All that has passed is kept for whoever looks for secrets in
-it. Datagrams go past the relay: on the loopback, a node of the DHT notices that somebody sits in between.
+it, unless the relay is told to forget: a minute of rounds is many gigabytes. Datagrams go past the relay: on the
+loopback, a node of the DHT notices that somebody sits in between.
 """
 
 import contextlib
@@ -31,11 +32,15 @@ def pass_on(direction: str, number: int, record: bytes) -> Iterable[bytes]:
 
 
 class Relay:
-    """Listens at `address` for TCP; set `target` to the daemon's own port once it is known."""
+    """Listens at `address` for TCP; set `target` to the daemon's own port once it is known.
 
-    def __init__(self, attack: Attack = pass_on) -> None:
+    `heard` holds all that has passed, or nothing if the relay `forgets`.
+    """
+
+    def __init__(self, attack: Attack = pass_on, *, forgets: bool = False) -> None:
         self.target = 0
         self.attack = attack
+        self.forgets = forgets
         self.data_connections = 0
         self.heard: list[bytes] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -117,8 +122,9 @@ class Relay:
             _shut(source, sink)
 
     def _hear(self, received: bytes) -> bytes:
-        with self._lock:
-            self.heard.append(received)
+        if not self.forgets:
+            with self._lock:
+                self.heard.append(received)
         return received
 
     def _start(self, work: Callable[..., None], *args: object) -> threading.Thread:

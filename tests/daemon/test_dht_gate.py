@@ -183,6 +183,60 @@ def test_contacts_and_those_we_asked_are_heard_through_any_noise() -> None:
     assert post.opens(post.gate.seal(REQUEST, MESSAGE_ID, b"b"), ("203.0.113.1", 1), contact=peer(2))
     reply = post.gate.seal(REPLY, MESSAGE_ID, b"c")
     assert post.gate.open(reply, ("203.0.113.1", 1), None, is_expected=True) is not None
+    request = post.gate.seal(REQUEST, MESSAGE_ID, b"d")
+    assert post.gate.open(request, ("203.0.113.1", 1), None, is_expected=True) is None, "who knocks is soon asked"
+
+
+def test_who_is_not_listened_to_is_told_as_long_as_that_is_so() -> None:
+    post = Post()
+    assert post.gate.muted() is None
+    for _ in range(101):
+        post.opens(b"x" * 100)
+    muted = post.gate.muted()
+    assert muted is not None
+    assert muted.sources == {HERE[0]}
+    post.steady.now = 0.05
+    assert post.gate.muted() is muted
+    for _ in range(101):
+        post.opens(b"x" * 100, ("192.0.2.7", 1))
+    both = post.gate.muted()
+    assert both is not None
+    assert both.sources == {HERE[0], "192.0.2.7"}
+    assert both.until == muted.until == dht_gate.MUTE_S
+    post.steady.now = dht_gate.MUTE_S
+    assert post.gate.muted().sources == {"192.0.2.7"}  # type: ignore[union-attr]
+    post.steady.now = 1.0
+    assert post.gate.muted() is None
+    assert post.opens(post.gate.seal(REQUEST, MESSAGE_ID, BODY))
+
+
+def test_a_contact_that_is_noisy_does_not_change_who_is_told_with_each_datagram() -> None:
+    post = Post()
+    told = set()
+    for _ in range(1000):
+        post.opens(b"x" * 100, contact=peer(1))
+        told.add(post.gate.muted())
+    assert len(told) == 2  # nobody, and that address
+
+
+@pytest.mark.parametrize("cause", ["noise in total", "strangers"])
+def test_nobody_else_is_listened_to_while_there_is_too_much_of(cause: str) -> None:
+    post = Post(budgets=Budgets(datagrams=RateBudget(1, 5)))
+    if cause == "strangers":
+        for i in range(600):
+            post.opens(post.gate.seal(REQUEST, MESSAGE_ID, b"%d" % i))
+    else:
+        for i in range(6):
+            post.opens(b"x" * 100, (f"192.0.2.{i}", 1))
+    muted = post.gate.muted()
+    assert muted is not None
+    assert muted.sources is None
+    assert not post.opens(post.gate.seal(REQUEST, MESSAGE_ID, b"of a stranger"))
+    assert post.refused["flood"] > 0
+    assert post.opens(post.gate.seal(REQUEST, MESSAGE_ID, b"of a contact"), contact=peer(1))
+    post.steady.now = 2 * dht_gate.MUTE_S
+    assert post.gate.muted() is None
+    assert post.opens(post.gate.seal(REQUEST, MESSAGE_ID, b"of a stranger, later"))
 
 
 def test_the_list_of_noisy_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +256,7 @@ def test_each_contact_has_a_quota_and_strangers_share_one() -> None:
     strangers = sum(post.opens(datagram) for datagram in datagrams[1000:2000])
     modest = sum(post.opens(datagram, contact=peer(2)) for datagram in datagrams[2000:2100])
     assert (greedy, strangers, modest) == (400, 500, 100)
-    assert post.refused == {"quota": 1100}
+    assert post.refused == {"quota": 601, "flood": 499}  # nobody listens to strangers once they have none left
 
 
 def test_a_replay_costs_its_victim_no_quota() -> None:

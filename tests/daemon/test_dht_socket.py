@@ -9,9 +9,10 @@ import pytest
 from dht_swarm import on_one_loop, turn, udp_socket, until
 
 from mpd.daemon import dht_socket
-from mpd.daemon.budgets import RateBudget
-from mpd.daemon.dht_gate import MAX_DATAGRAM_BYTES
-from mpd.daemon.dht_socket import PER_WAKE_UP, DatagramSocket
+from mpd.daemon.budgets import Budgets, RateBudget
+from mpd.daemon.dht_filter import Sieve
+from mpd.daemon.dht_gate import KIND_AT, MAX_DATAGRAM_BYTES, REPLY
+from mpd.daemon.dht_socket import PER_WAKE_UP, DatagramSocket, hand_on_all
 
 NEVER_FULL = 1_000_000
 
@@ -40,12 +41,14 @@ class Ear(asyncio.DatagramProtocol):
         self.is_lost = True
 
 
-def open_socket(wake_ups: RateBudget | None = None) -> tuple[Ear, DatagramSocket, socket.socket]:
+def open_socket(
+    wake_ups: RateBudget | None = None, unwanted: Callable[[], Sieve | None] = hand_on_all
+) -> tuple[Ear, DatagramSocket, socket.socket]:
     """Return an ear, its socket, and another socket that is connected to it."""
     ear, sock, other = Ear(), udp_socket(), udp_socket()
     other.connect(sock.getsockname())
-    budget = wake_ups or RateBudget(NEVER_FULL, NEVER_FULL)
-    return ear, DatagramSocket(asyncio.get_running_loop(), sock, ear, budget), other
+    budgets = Budgets(wake_ups=wake_ups or RateBudget(NEVER_FULL, NEVER_FULL))
+    return ear, DatagramSocket(asyncio.get_running_loop(), sock, ear, budgets, unwanted), other
 
 
 def test_datagrams_are_carried_both_ways() -> None:
@@ -109,6 +112,74 @@ def test_reading_goes_on_after_a_pause() -> None:
             other.send(b"%d" % i)
             await until(lambda wanted=i + 1: len(ear.heard) == wanted)  # type: ignore[misc]
         ours.close()
+        other.close()
+
+    on_one_loop(test)
+
+
+NOBODY_HEARD = Sieve(frozenset(), frozenset(), None)
+
+
+def test_what_nobody_wants_is_not_read_and_is_counted() -> None:
+    """Neither is it kept: what was sent meanwhile does not come afterwards."""
+    unwanted: list[Sieve | None] = [NOBODY_HEARD]
+
+    async def test() -> None:
+        ear, ours, other = open_socket(unwanted=lambda: unwanted[0])
+        other.send(b"wanted until now")
+        await until(lambda: bool(ear.heard))
+        for _ in range(5):
+            other.send(b"unwanted")
+        unwanted[0] = None
+        await until(lambda: ours._sifting is None)
+        assert ours._budgets.datagrams.refused == 5
+        other.send(b"wanted again")
+        await until(lambda: len(ear.heard) == 2)
+        assert ear.heard[1][0] == b"wanted again"
+        ours.close()
+        other.close()
+
+    on_one_loop(test)
+
+
+def test_whoever_is_asked_meanwhile_is_heard_until_it_is_over() -> None:
+    """The filter stands as long as it is the same object, whatever was let through since."""
+
+    n_looks = 0
+
+    def unwanted() -> Sieve:
+        nonlocal n_looks
+        n_looks += 1
+        return NOBODY_HEARD
+
+    async def test() -> None:
+        ear, ours, other = open_socket(unwanted=unwanted)
+        other.send(b"wanted until now")
+        await until(lambda: bool(ear.heard))
+        ours.sendto(b"question", other.getsockname())
+        await until(lambda: n_looks >= 3)
+        other.send(bytes([*bytes(KIND_AT), REPLY, 0]))
+        await until(lambda: len(ear.heard) == 2)
+        ours.close()
+        other.close()
+
+    on_one_loop(test)
+
+
+def test_the_filter_is_exchanged_rarely_however_often_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    attached: list[Sieve] = []
+    monkeypatch.setattr(dht_socket, "attach", lambda sock, sieve: not attached.append(sieve))
+    monkeypatch.setattr(dht_socket, "SIFT_S", 3600.0)
+
+    async def test() -> None:
+        ear, ours, other = open_socket(unwanted=lambda: Sieve(frozenset(), frozenset(), None))
+        for i in range(10):
+            other.send(b"%d" % i)
+            await until(lambda wanted=i + 1: len(ear.heard) == wanted)  # type: ignore[misc]
+        assert len(attached) == 1
+        ours.close()
+        assert ours._sifting is not None
+        assert ours._sifting.cancelled()
         other.close()
 
     on_one_loop(test)

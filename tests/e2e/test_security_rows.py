@@ -61,7 +61,7 @@ pytestmark = pytest.mark.timeout(7200 if SOAK else 60)
 
 @pytest.fixture(scope="module")
 def relay() -> Iterator[Relay]:
-    with Relay() as relay:
+    with Relay(forgets=True) as relay:
         yield relay
 
 
