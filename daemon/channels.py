@@ -36,7 +36,7 @@ from mpd.wire import (
     unpack_header,
 )
 
-from . import faults
+from . import congestion, faults
 from .budgets import Budgets, ByteGate
 
 if TYPE_CHECKING:
@@ -294,16 +294,11 @@ def _socket_of(stream: trio.SocketStream) -> socket.socket:
 
 
 def tune(sock: Any) -> None:
-    """Set the options of a connection between peers: no delay, bounded silence of the kernel, reno on one host.
-
-    Pacing congestion controls such as bbr slow down even the loopback; between hosts the machine's choice stands.
-    """
+    """Set the options of a connection between peers: no delay, bounded silence of the kernel, who sends how fast."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000)
-    if sock.getpeername()[0] == sock.getsockname()[0]:
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+    congestion.choose(sock)
 
 
 # --------------------------------------------------------------------------------------------------------------- in use
@@ -355,6 +350,7 @@ class DataChannel:
         self._tx_stage = memoryview(bytearray(0))
         self._stages = stages
         self._rx_stage: memoryview | None = None
+        self._congestion = congestion.Congestion(sock)
 
     @property
     def wear(self) -> float:
@@ -395,6 +391,7 @@ class DataChannel:
                 head, self._rest = head[from_head:], self._rest[n - from_head :]
         finally:
             self._rest = memoryview(b"")
+        self._congestion.note_sent(self.bytes_sent)
 
     def detach(self) -> None:
         """Make the record being sent independent of its memory. A sealed one is a copy already."""
