@@ -36,7 +36,7 @@ from mpd.wire import (
     unpack_header,
 )
 
-from . import faults
+from . import congestion, faults
 from .budgets import Budgets, ByteGate
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ MAX_PENDING = 64  # handles that are waited for
 MAX_BAD_HELLOS = 8  # then the offer is withdrawn
 MAX_KEY_AGE_S = 24 * 3600.0
 _MIN_STAGE_BYTES = 4096
+_WORTH_WAKING_BYTES = 64 * 1024  # packets come one by one on a slow link; half of the first buffer of a socket
 _MAX_FREE_STAGES = 16  # kept of each size
 
 _HELLO = pack_header(Header(Kind.HELLO, 0, 0, 0, 0, 0, RoundId(bytes(16)), 0))
@@ -293,16 +294,11 @@ def _socket_of(stream: trio.SocketStream) -> socket.socket:
 
 
 def tune(sock: Any) -> None:
-    """Set the options of a connection between peers: no delay, bounded silence of the kernel, reno on one host.
-
-    Pacing congestion controls such as bbr slow down even the loopback; between hosts the machine's choice stands.
-    """
+    """Set the options of a connection between peers: no delay, bounded silence of the kernel, who sends how fast."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000)
-    if sock.getpeername()[0] == sock.getsockname()[0]:
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+    congestion.choose(sock)
 
 
 # --------------------------------------------------------------------------------------------------------------- in use
@@ -349,10 +345,12 @@ class DataChannel:
         self._rest = memoryview(b"")  # what is left of the payload being sent from where it lies
         self._head = memoryview(bytearray(HEADER_BYTES))
         self._n_head = 0  # how much of the next header has come with the last body
+        self._low_water = 1  # bytes that make the kernel wake us up
         self._aad = bytearray(HEADER_BYTES)  # the header of the record being received
         self._tx_stage = memoryview(bytearray(0))
         self._stages = stages
         self._rx_stage: memoryview | None = None
+        self._congestion = congestion.Congestion(sock)
 
     @property
     def wear(self) -> float:
@@ -393,6 +391,7 @@ class DataChannel:
                 head, self._rest = head[from_head:], self._rest[n - from_head :]
         finally:
             self._rest = memoryview(b"")
+        self._congestion.note_sent(self.bytes_sent)
 
     def detach(self) -> None:
         """Make the record being sent independent of its memory. A sealed one is a copy already."""
@@ -418,7 +417,7 @@ class DataChannel:
         while self._n_head < HEADER_BYTES:
             n = self._receive([self._head[self._n_head :]], is_inside=self._n_head > 0)
             if not n:
-                await trio.lowlevel.wait_readable(self._sock)
+                await self._wait_for(HEADER_BYTES - self._n_head)
             self._n_head += n
         self._n_head = 0
         self._aad[:] = self._head
@@ -438,7 +437,7 @@ class DataChannel:
                 view = landing.view if landing.view is not None else stage
             n = self._receive([view[got:], self._head], is_inside=True)
             if not n:
-                await trio.lowlevel.wait_readable(self._sock)  # meanwhile, `view` may be exchanged
+                await self._wait_for(n_wire - got)  # meanwhile, `view` may be exchanged
                 continue
             self._n_head = max(0, got + n - n_wire)
             got = min(got + n, n_wire)
@@ -464,6 +463,14 @@ class DataChannel:
             out[:] = bytes(len(out))
             raise
         return out
+
+    async def _wait_for(self, n_bytes: int) -> None:
+        """Wait until all `n_bytes`, or as many as are worth waking up for, or the end of the connection have come."""
+        low_water = min(n_bytes, _WORTH_WAKING_BYTES)
+        if low_water != self._low_water:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
+            self._low_water = low_water
+        await trio.lowlevel.wait_readable(self._sock)
 
     def _receive(self, buffers: list[memoryview], *, is_inside: bool) -> int:
         """Return how many bytes have come; 0: none at the moment. Raises OSError at the end of the connection."""

@@ -106,8 +106,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             reader()
 
 
-def run_virtual(test: Callable[[VirtualLoop], Coroutine[Any, Any, None]], seed: int = 1) -> None:
-    """Run `test(loop)` to its end."""
-    loop = VirtualLoop(seed)
+def run_virtual(
+    test: Callable[[VirtualLoop], Coroutine[Any, Any, None]],
+    seed: int = 1,
+    make_loop: Callable[[int], VirtualLoop] = VirtualLoop,
+) -> None:
+    """Run `test(loop)` to its end, on the loop that `make_loop` returns for `seed`."""
+    loop = make_loop(seed)
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         runner.run(test(loop))

@@ -49,6 +49,7 @@ class Net:
     def __init__(self, n_hosts: int) -> None:
         self.hosts: list[Host] = []
         self._n_hosts = n_hosts
+        self.enter: tuple[str, ...] = ()  # what to put in front of a command to run it where the switch is
         self._holders: list[subprocess.Popen[str]] = []
         self._cuts: set[tuple[Host, Host]] = set()
 
@@ -88,9 +89,12 @@ class Net:
 
     def limit(self, host: Host, mbit: float) -> None:
         """Let `host` send and receive no faster than this (token bucket, `tc tbf`)."""
-        queue = ("root", "tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms")
-        host.run("tc", "qdisc", "replace", "dev", "eth0", *queue)
-        _run(*self._switch, "tc", "qdisc", "replace", "dev", host.port_name, *queue)
+        host.run("tc", "qdisc", "replace", "dev", "eth0", *bucket(mbit))
+        self.run("tc", "qdisc", "replace", "dev", host.port_name, *bucket(mbit))
+
+    def run(self, *command: str) -> str:
+        """Run a command in the namespace of the switch and return what it prints."""
+        return _run(*self.enter, *command)
 
     def _make(self) -> None:
         missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
@@ -103,10 +107,10 @@ class Net:
         else:
             raise NetnsUnavailable(f"this machine allows no network namespaces: {said}")
         user = ("--user", "--preserve-credentials") if extra else ()
-        self._switch = ("nsenter", "--target", str(switch.pid), *user, "--net")
-        _run(*self._switch, "ip", "-batch", "-", text="link set lo up\nlink add br0 type bridge\nlink set br0 up\n")
+        self.enter = ("nsenter", "--target", str(switch.pid), *user, "--net")
+        _run(*self.enter, "ip", "-batch", "-", text="link set lo up\nlink add br0 type bridge\nlink set br0 up\n")
         for number in range(1, self._n_hosts + 1):
-            holder, said = self._hold(*self._switch, "unshare", "--net")
+            holder, said = self._hold(*self.enter, "unshare", "--net")
             if holder is None:
                 raise NetnsUnavailable(f"this machine allows no more network namespaces: {said}")
             host = Host(number, holder, ("nsenter", "--target", str(holder.pid), *user, "--net"))
@@ -117,7 +121,7 @@ class Net:
             theirs = (
                 f"link set lo up\naddr add {host.address}/24 dev eth0\nlink set eth0 up\nroute add default dev eth0\n"
             )
-            _run(*self._switch, "ip", "-batch", "-", text=ours)
+            _run(*self.enter, "ip", "-batch", "-", text=ours)
             host.run("ip", "-batch", "-", text=theirs)
             self.hosts.append(host)
 
@@ -152,6 +156,11 @@ def hosts_or_skip(n_hosts: int) -> Iterator[Net]:
         pytest.skip(str(error))
     with contextlib.closing(net):
         yield net
+
+
+def bucket(mbit: float) -> tuple[str, ...]:
+    """Return the arguments of `tc` for a queue that passes `mbit` Mbit/s and keeps what waits up to 50 ms."""
+    return ("root", "tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms")
 
 
 def _each(verb: str, hosts: Iterable[Host], rest: str) -> str:

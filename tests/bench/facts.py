@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
+CONGESTION = "/proc/sys/net/ipv4/tcp_congestion_control"
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def machine() -> dict[str, Any]:
     """Return what a reader must know to compare two runs."""
-    congestion = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+    congestion = Path(CONGESTION).read_text().strip()
     return {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": next(
@@ -40,6 +41,12 @@ def memory_free_mib() -> int:
 def resident_mib(pid: int) -> float:
     """Return the resident memory (VmRSS) of a process."""
     line = next(line for line in _lines(f"/proc/{pid}/status") if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+def peak_mib(pid: int) -> float:
+    """Return the most resident memory (VmHWM) that a process has had."""
+    line = next(line for line in _lines(f"/proc/{pid}/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 

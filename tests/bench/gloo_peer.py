@@ -30,6 +30,9 @@ class Gloo:
         vector = self._vectors[run]
         return float(vector[0]), float(vector[-1])
 
+    def train(self, run: str, at: float, seconds: float, average: bool) -> dict[str, Any]:
+        raise NotImplementedError("only mpd averages while its trainer trains")
+
     def close(self, run: str) -> None:
         del self._vectors[run]
 

@@ -52,6 +52,9 @@ class Hivemind:
         with self._averagers[run].get_tensors() as tensors:
             return float(tensors[0][0]), float(tensors[0][-1])
 
+    def train(self, run: str, at: float, seconds: float, average: bool) -> dict[str, Any]:
+        raise NotImplementedError("only mpd averages while its trainer trains")
+
     def close(self, run: str) -> None:
         self._averagers.pop(run).shutdown()
 

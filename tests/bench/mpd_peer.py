@@ -5,6 +5,7 @@ a process without torch, for measuring how fast groups form.
 """
 
 import sys
+import time
 from typing import Any
 
 from peer import serve
@@ -42,6 +43,22 @@ class Trainer:
     def ends(self, run: str) -> tuple[float, float]:
         vector = self._open[run][2]
         return float(vector[0]), float(vector[-1])
+
+    def train(self, run: str, at: float, seconds: float, average: bool) -> dict[str, Any]:
+        import torch
+
+        weights, batch = torch.zeros(256, 256), torch.ones(64, 256)
+        time.sleep(max(0.0, at - time.monotonic()))
+        pending = self._open[run][1].start(timeout=TIMEOUT_S) if average else None
+        iterations, outcome = 0, None
+        while time.monotonic() < at + seconds:
+            torch.relu(batch @ weights).sum()
+            iterations += 1
+            if pending is not None and pending.done():
+                outcome, pending = pending.wait(), None
+        if pending is not None:
+            outcome = pending.wait()
+        return {"iterations": iterations, "averaged": outcome is not None and outcome.averaged}
 
     def close(self, run: str) -> None:
         daemon, averager, _ = self._open.pop(run)

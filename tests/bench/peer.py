@@ -31,6 +31,9 @@ class Averaging(Protocol):
     def close(self, run: str) -> None:
         """Let the vector go."""
 
+    def train(self, run: str, at: float, seconds: float, average: bool) -> dict[str, Any]:
+        """Compute for `seconds`, with a round behind it if told to `average`; return how far that came."""
+
 
 def serve(system: Averaging, **hello: Any) -> None:
     """Say `hello`, then obey until standard input ends."""
@@ -53,6 +56,8 @@ def serve(system: Averaging, **hello: Any) -> None:
             case "close":
                 system.close(**command)
                 answer()
+            case "train":
+                answer(**system.train(**command))
             case "step":
                 run, begin = command["run"], command["at"]
                 time.sleep(max(0.0, begin - time.monotonic()))

@@ -76,6 +76,8 @@ def measure_round(peers: Peers, run: str) -> dict[str, Any]:
     seconds = max(answer["seconds"] for answer in answers)
     return {
         "seconds": seconds,
+        "first_s": min(answer["seconds"] for answer in answers),
+        "contributors": [answer.get("contributors") for answer in answers],
         "cpu_s": ours,
         "others_cores": max(0.0, everyone - ours) / (seconds + HEAD_START_S),
         "bytes_sent": sum(answer.get("bytes_sent", 0) for answer in answers),

@@ -18,12 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import facts
+import goals
 import history
 import report
+from dht_scale import DHT_SIZES, dht_of
+from links import CASES, QUICK, over_links, unpaced
+from overlap import memory, overlap
 from rounds import Column, measure
+from scale import GROUP_SIZE, SCALE_DAEMONS, many
 from small import footprint, formation
-from swarm import BenchError, children, start_floor, start_gloo, start_hivemind, start_mpd
+from swarm import BenchError, Place, children, start_floor, start_gloo, start_hivemind, start_mpd
 
+PARTS = ["footprint", "formation", "memory", "overlap", "links", "scale", "rounds"]
 MEMORY_LIMIT_MIB = 16 * 1024
 # What a peer's processes hold, in MiB, before there are vectors, and how many vectors they hold for each column (with a
 # little for what is being reduced or under way): Gloo its own; mpd in and out, and its own if copied; hivemind its own
@@ -51,10 +57,27 @@ def main() -> int:
             groups = [(4, 4)] if args.quick else [(4, 4), (32, 8)]
             result["formation"] = [formation(n, group_size, args.formation_rounds) for n, group_size in groups]
             report.show_formation(result["formation"])
+        if "memory" in args.parts:
+            result["memory"] = memory()
+            report.show_memory(result["memory"])
+        if "overlap" in args.parts:
+            result["overlap"] = overlap()
+            report.show_overlap(result["overlap"])
+        if "links" in args.parts:
+            result["links"] = []
+            for case in CASES:
+                if not args.quick or case.name in QUICK:
+                    result["links"].append(over_links(case, args.link_rounds))
+            report.show_links(result["links"])
+        if "scale" in args.parts and not args.quick:
+            result["dht"] = [dht_of(n) for n in DHT_SIZES]
+            result["scale"] = many(SCALE_DAEMONS, GROUP_SIZE, args.link_rounds)
+            report.show_scale(result["scale"], result["dht"])
         if "rounds" in args.parts:
             result["rounds"] = []
-            for n in args.peers:
-                result["rounds"] += compare(n, args)
+            with unpaced() as place:
+                for n in args.peers:
+                    result["rounds"] += compare(n, args, place)
             report.show_rounds(result["rounds"])
     except BenchError as error:
         print(f"bench failed: {error}", file=sys.stderr)
@@ -62,6 +85,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("bench interrupted", file=sys.stderr)
         code = 130
+    result["goals"] = goals.rows(result)
+    report.show_goals(result["goals"])
     print(f"all figures: {report.save(args.out, result)}")
     if args.history and result.get("rounds"):
         history.append(args.history, result)
@@ -70,12 +95,13 @@ def main() -> int:
     return code
 
 
-def compare(n: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(n: int, args: argparse.Namespace, unpaced_place: tuple[Place, str]) -> list[dict[str, Any]]:
     """Measure every size with `n` peers of each system; they stay alive from size to size."""
     cases = []
     with tempfile.TemporaryDirectory(prefix="mpd-") as folder, children() as started:
+        place, congestion = unpaced_place
         systems = {
-            "gloo": start_gloo(Path(folder), n, started),
+            "gloo": start_gloo(Path(folder), n, started, place),
             "floor": start_floor(Path(folder), n, started),
             "mpd": start_mpd(Path(folder) / "sealed", n, started),
             "plain": start_mpd(Path(folder) / "plain", n, started, "--plain-on-loopback"),
@@ -100,7 +126,7 @@ def compare(n: int, args: argparse.Namespace) -> list[dict[str, Any]]:
                 continue
             measure(columns, f"{n}x{mib}", mib * facts.MIB // 4, args.rounds)
             summaries = {column.name: {**column.summary(), "each": column.rounds} for column in columns}
-            cases.append({"peers": n, "mib": mib, "columns": summaries})
+            cases.append({"peers": n, "mib": mib, "gloo_congestion": congestion, "columns": summaries})
             medians = (f"{name} {one['median_s']:.4f}" for name, one in summaries.items() if one["median_s"])
             report.console.print(f"{n} peers x {mib} MiB: {', '.join(medians)} s", highlight=False)
     return cases
@@ -126,7 +152,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", default=[1, 16, 64, 256], type=whole_numbers, metavar="MIB,MIB,..")
     parser.add_argument("--rounds", type=int, default=9, help="rounds per system and size, at least 5")
     parser.add_argument("--formation-rounds", type=int, default=50)
-    parser.add_argument("--parts", default=["footprint", "formation", "rounds"], type=lambda text: text.split(","))
+    parser.add_argument("--parts", default=PARTS, type=lambda text: text.split(","))
+    parser.add_argument("--link-rounds", type=int, default=5, help="rounds per case over slow links, and at scale")
     parser.add_argument("--quick", action="store_true", help="2 and 4 peers, 16 MiB, few rounds")
     parser.add_argument("--hivemind", type=Path, metavar="PYTHON", help="interpreter of an environment with hivemind")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder for the JSON file")

@@ -23,12 +23,15 @@ def formation(n_peers: int, group_size: int, n_rounds: int) -> dict[str, Any]:
         peers.ask("open", run="formation", variant="numpy", n_elems=FORMATION_ELEMS, group_size=group_size)
         for _ in range(WARM_UP_ROUNDS):
             form(peers)
+        cpu_s = facts.cpu_s(peers.daemon_sessions)
         steps = [step for _ in range(n_rounds) for step in form(peers)]
+        cpu_s = (facts.cpu_s(peers.daemon_sessions) - cpu_s) / len(steps)
     worked = [step["seconds"] for step in steps if "error" not in step]
     return {
         "peers": n_peers,
         "group_size": group_size,
         "rounds": n_rounds,
+        "cpu_s": cpu_s,
         "steps": len(steps),
         "failed": len(steps) - len(worked),
         "first_error": next((step["error"] for step in steps if "error" in step), ""),

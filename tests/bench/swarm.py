@@ -24,7 +24,7 @@ from mpd.errors import DaemonUnavailable
 HERE = Path(__file__).parent
 MPD = Path(sys.executable).with_name("mpd")
 STOP_S = 10.0
-START_S = 60.0
+START_S = 120.0
 ANSWER_S = 180.0
 
 
@@ -132,13 +132,34 @@ class Daemon:
         return status
 
 
-def start_daemon(folder: Path, index: int, started: list[Child], *options: str) -> Daemon:
+@dataclass(frozen=True)
+class Place:
+    """Where a process runs: `enter` is what to put in front of its command, `host` the address it has there."""
+
+    enter: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+
+
+LOOPBACK = Place()
+
+
+def start_daemon(folder: Path, index: int, started: list[Child], *options: str, place: Place = LOOPBACK) -> Daemon:
     """Start one daemon with more `options` of `mpd join`, and wait for its first answer."""
+    return answering(launch(folder, index, started, *options, place=place))
+
+
+def launch(folder: Path, index: int, started: list[Child], *options: str, place: Place) -> tuple[Child, Path, float]:
+    """Start one daemon and return at once: its process, its socket, and when that was."""
     path = folder / f"{index}.sock"
-    command: list[str | Path] = [MPD, "join", "--listen", "127.0.0.1:0", "--socket", path]
+    command: list[str | Path] = [*place.enter, MPD, "join", "--listen", f"{place.host}:0", "--socket", path]
     command += ["--state-dir", folder / f"state{index}", *options]
     began = time.monotonic()
-    child = Child(f"daemon{index}", command, folder, started)
+    return Child(f"daemon{index}", command, folder, started), path, began
+
+
+def answering(launched: tuple[Child, Path, float]) -> Daemon:
+    """Wait for the first answer of a daemon that has just been started."""
+    child, path, began = launched
     while True:
         try:
             connect(path).status()
@@ -150,11 +171,15 @@ def start_daemon(folder: Path, index: int, started: list[Child], *options: str) 
             time.sleep(0.002)
 
 
-def start_daemons(folder: Path, n: int, started: list[Child], *options: str) -> list[Daemon]:
+def start_daemons(
+    folder: Path, n: int, started: list[Child], *options: str, places: Sequence[Place] = ()
+) -> list[Daemon]:
     """Start `n` daemons, each bootstrapped from the first, and wait until every one knows another."""
-    first = start_daemon(folder, 0, started, *options)
-    listen = first.status()["listen"]
-    daemons = [first, *(start_daemon(folder, index, started, "--bootstrap", listen, *options) for index in range(1, n))]
+    where = list(places) or [LOOPBACK] * n
+    first = start_daemon(folder, 0, started, *options, place=where[0])
+    options = ("--bootstrap", first.status()["listen"], *options)
+    launched = [launch(folder, i, started, *options, place=where[i]) for i in range(1, n)]
+    daemons = [first, *map(answering, launched)]
     deadline = time.monotonic() + START_S
     while n > 1 and not all(daemon.status()["dht"]["peers"] for daemon in daemons):
         if time.monotonic() > deadline:
@@ -170,7 +195,8 @@ class Peers:
     """The peers of one system under test, spoken to all at once. `sessions` are those of all its processes."""
 
     def __init__(self, peers: list[Child], daemons: Sequence[Daemon] = ()) -> None:
-        self.sessions = {child.pid for child in [*peers, *(daemon.child for daemon in daemons)]}
+        self.daemon_sessions = {daemon.child.pid for daemon in daemons}
+        self.sessions = {child.pid for child in peers} | self.daemon_sessions
         self._peers = peers
 
     def __len__(self) -> int:
@@ -188,18 +214,22 @@ class Peers:
         return [peer.hear(limit_s) for peer in self._peers]
 
 
-def start_mpd(folder: Path, n: int, started: list[Child], *options: str) -> Peers:
+def start_mpd(folder: Path, n: int, started: list[Child], *options: str, places: Sequence[Place] = ()) -> Peers:
     """Start `n` daemons, with more `options` of `mpd join`, and one trainer each."""
     folder.mkdir(exist_ok=True)
-    daemons = start_daemons(folder, n, started, *options)
+    return trainers(folder, start_daemons(folder, n, started, *options, places=places), started)
+
+
+def trainers(folder: Path, daemons: Sequence[Daemon], started: list[Child]) -> Peers:
+    """Start one trainer for each of the `daemons`."""
     command: list[str | Path] = [sys.executable, HERE / "mpd_peer.py"]
     peers = [Child(f"mpd{i}", [*command, daemon.socket], folder, started) for i, daemon in enumerate(daemons)]
     return ready(Peers(peers, daemons))
 
 
-def start_gloo(folder: Path, n: int, started: list[Child]) -> Peers:
-    """Start the `n` ranks of a Gloo world."""
-    command: list[str | Path] = [sys.executable, HERE / "gloo_peer.py"]
+def start_gloo(folder: Path, n: int, started: list[Child], place: Place = LOOPBACK) -> Peers:
+    """Start the `n` ranks of a Gloo world, all of them at `place`."""
+    command: list[str | Path] = [*place.enter, sys.executable, HERE / "gloo_peer.py"]
     meet = folder / "gloo"
     return ready(Peers([Child(f"gloo{i}", [*command, str(i), str(n), meet], folder, started) for i in range(n)]))
 

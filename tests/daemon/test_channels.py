@@ -457,6 +457,37 @@ async def test_the_stage_is_wiped_when_a_record_does_not_open() -> None:
         thing.close()
 
 
+async def test_a_slow_link_does_not_wake_the_daemon_for_every_packet(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_bytes, packet_bytes = 1 << 20, 4096
+    near, far = channel_pair(PLAIN)
+    waits: list[int] = []
+    wait_readable = trio.lowlevel.wait_readable
+
+    async def counted(sock: socket.socket) -> None:
+        waits.append(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT))
+        await wait_readable(sock)
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", counted)
+
+    async def drip() -> None:
+        packets = memoryview(header_of(n_bytes) + random.Random(1).randbytes(n_bytes) + header_of(0))
+        for begin in range(0, len(packets), packet_bytes):
+            near._sock.sendall(packets[begin : begin + packet_bytes])
+            await trio.testing.wait_all_tasks_blocked()
+
+    with trio.fail_after(HANG_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drip)
+            assert (await far.receive_header()).length == n_bytes
+            assert len(await far.receive_payload(n_bytes, None)) == n_bytes
+            far.release()
+            assert (await far.receive_header()).length == 0  # however little comes last, it is not waited for in vain
+    assert len(waits) <= 20 < n_bytes // packet_bytes
+    assert max(waits) == 64 * 1024
+    near.close()
+    far.close()
+
+
 def test_connections_on_one_host_do_not_pace_themselves() -> None:
     near, far = tcp_pair()
     with contextlib.closing(near), contextlib.closing(far):
