@@ -39,8 +39,9 @@ def compose_begins(
 
     Args:
         members: each member's ticket, the leader first; its run, slot, terms and epoch count, and the largest number.
-        left_out: announced peers that are not members, and why. If there are any, a second leader may be closing a
-            second group with them, so the result cannot be certified.
+        left_out: announced peers that are not members, and why. If there are any in the first round of a cycle, a
+            second leader may be closing a second group with them, so the result cannot be certified; in later ones
+            the claims that are there, or are not, tell (mpd/mass.py).
         shape: cells per axis of the run's grid.
         exact: whether mass moves within a cycle (see mpd/mass.py).
         rng: source of the round id; `random.SystemRandom()` outside tests.
@@ -69,6 +70,7 @@ def compose_begins(
     share = shares([fitting[peer].standing for peer in peers], number, shape, exact)
     if sum(share.weights) <= 0:
         raise RoundFailed("nobody in the group brings any weight into this round")
+    begins_cycle = axis_of(number, shape) == 0
     begins = []
     groups = _groups(peers, fitting, share, group_size)
     for group in groups:
@@ -100,7 +102,7 @@ def compose_begins(
                     )
                     for peer, ticket, place, fraction in zip(group, tickets, places, split, strict=True)
                 ),
-                whole=share.whole and not left_out,
+                whole=share.whole and not (left_out and begins_cycle),
                 chunk_bytes=chunk_bytes_for(
                     payload_bytes, len(group), min((b for b in bandwidths if b > 0), default=0.0)
                 ),

@@ -70,8 +70,8 @@ class Shares:
     """What the members of round `number` weigh, by place. Every member computes the same from the same standings.
 
     `whole`: the group is all that its line should be, so the result stays certified if everybody's piece arrives. A
-    leader that leaves out a member it knows of must have it replaced by False. `parts` is how many groups the line was
-    cut into; this is one of them.
+    leader that leaves out a member it knows of in the first round of a cycle must have it replaced by False. `parts` is
+    how many groups the line was cut into; this is one of them.
     """
 
     number: int
