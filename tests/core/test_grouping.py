@@ -128,9 +128,8 @@ def test_in_a_later_round_whoever_is_left_out_has_a_mate_or_is_missed() -> None:
     claims = [Standing(6.0, 2.0, bytes([i]) * 16, 0, True, (0, i)) for i in range(2)]
     joined = tickets(*(ticket(i, number=1, standing=claim) for i, claim in enumerate(claims)))
     assert compose(joined, {peer(9): "its link broke"}, shape=(2, 2)).whole
-    assert not compose(
-        {**joined, peer(2): ticket(2, number=1, standing=replace(claims[0], cell=(0, 1)))}, shape=(2, 2)
-    ).whole
+    twice = ticket(2, number=1, standing=replace(claims[0], cell=(0, 1)))
+    assert not compose({**joined, peer(2): twice}, shape=(2, 2)).whole
 
 
 def fractions_of(bandwidths: list[float], **options: Any) -> list[float]:
