@@ -441,6 +441,7 @@ class Lobby:
     async def begin_cycle(self, deadline: float) -> None:
         """An exact cycle begins: go over to another shape if it is time, and stand where it begins."""
         await self._adopt(deadline)
+        self.shaping.begin_cycle()
         self.start_cycle()
 
     def start_cycle(self) -> None:
@@ -643,6 +644,7 @@ class Lobby:
 
     def _on_back(self, peer: PeerId) -> None:
         """A peer that was absent is linked again. On a single line it is company as before."""
+        self.shaping.is_back()
         was_lost = peer in self._lost
         self._lost.discard(peer)
         if was_lost and self._post is not None and len(self.shape) == 1:

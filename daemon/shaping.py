@@ -33,7 +33,8 @@ _IN_VAIN_S = 10.0  # so long nobody is waited for again after a record that was 
 class Shaping:
     """The shapes of one run as this peer follows them.
 
-    `stirred` is set, and replaced by a new event, when `look` has something to do at once.
+    `stirred` is set, and replaced by a new event, when `look` has something to do at once. `is_settled` says whether
+    the lines of this cycle are of the sizes that the grid expects.
     """
 
     def __init__(self, terms: Terms, roster: Roster, contacts: Contacts) -> None:
@@ -52,6 +53,7 @@ class Shaping:
         self._sizes: list[tuple[int, int]] = []  # of the lines of this cycle: members, and peers at that rate
         self._n_written = 0
         self._last_certified: int | None = None  # heads of the last cycle
+        self.is_settled = True
 
     # ------------------------------------------------------------------------------------------------- what is counted
 
@@ -77,9 +79,16 @@ class Shaping:
         if not had_finished or (self.successor is None and self._may_write()):
             self._stir()
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether lines have the sizes that the grid expects, and the last cycle, if there was one, counted nearly all.
+    def begin_cycle(self) -> None:
+        """An exact cycle begins: decide how long its lines wait, the same for all its rounds."""
+        self.is_settled = self._has_settled()
+
+    def is_back(self) -> None:
+        """A peer that had gone is linked again: see who is there."""
+        self._stir()
+
+    def _has_settled(self) -> bool:
+        """Return whether lines have the sizes that the grid expects, and the last cycle has counted nearly all.
 
         Balance is the work of a table for so many peers: with more or fewer, lines are not quite even.
         """

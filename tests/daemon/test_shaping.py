@@ -127,6 +127,7 @@ class Company:
         async def withdraw(key: bytes) -> None:
             """Leave it where it is."""
 
+        trainee.run.lobby._contacts.nursery = None  # it calls nobody any more
         trainee.scope.cancel()
         trainee.life.cancel()
         self.swarm.hub.kill(trainee.own)

@@ -121,7 +121,7 @@ def test_a_peer_that_is_killed_costs_no_cycle_if_it_has_a_cell_mate(
     """
     daemons, run, vectors = grown(swarm, KILLED_OF), new_run(), values(KILLED_OF)
     n_exact = n_mated = n_all = 0
-    others: list[object] = []  # that were not exact
+    others: list[tuple[int, Outcome]] = []  # that were not exact
     with averagers(daemons, run, vectors, group_size=GROUP_SIZE, rounds="exact") as attached:
         eventually(lambda: has_record(daemons, run, KILLED_OF), "all have a shape", swarm.log)
         step_all(attached)
@@ -141,8 +141,12 @@ def test_a_peer_that_is_killed_costs_no_cycle_if_it_has_a_cell_mate(
                 n_exact += is_exact
                 others += [(kill, o) for i, o in enumerate(outcomes) if i != victim and not o.exact]
             swarm.revive()
-            whole = [step_all(attached) for _ in range(2)]  # its trainer finds it again
-            assert all(outcome.averaged for outcome in whole[-1])
+            eventually(  # its trainer finds it again
+                lambda: all(outcome.exact and outcome.heads == KILLED_OF for outcome in step_all(attached)),
+                "all are there again",
+                swarm.log,
+                PATIENCE_S,
+            )
     note(
         record_property, "killed", peers=KILLED_OF, kills=N_KILLS, with_mates=n_mated, exact=n_exact, exact_of_all=n_all
     )
