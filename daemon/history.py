@@ -51,6 +51,7 @@ class History:
             {
                 "run": self._run,
                 "number": session.begin.number,
+                "epoch": session.begin.epoch,
                 "round_id": session.round_id.hex(),
                 "averaged": result.success,
                 "perfect": result.success and not missing and not notes,
@@ -67,12 +68,13 @@ class History:
             }
         )
 
-    def add_step(self, number: int, reason: str, missing: Mapping[str, str], seconds: float) -> None:
+    def add_step(self, number: int, epoch: int, reason: str, missing: Mapping[str, str], seconds: float) -> None:
         """A step has ended before a group began."""
         self._add(
             {
                 "run": self._run,
                 "number": number,
+                "epoch": epoch,
                 "round_id": "",
                 "averaged": False,
                 "perfect": False,

@@ -3,11 +3,13 @@
 A lobby stands in one slot at a time, with a `Matchmaker` that has not begun. It moves to the next slot as soon as a
 round begins, so that by the time a trainer asks again, everybody in the line is known, linked, and has been told who is
 here. Peers are found through the rendezvous and believed on links; a peer that could not be reached is forgotten until
-it speaks up or publishes something newer. On a grid of several axes rounds have numbers, and whoever finds that its
-line has gone on without it goes where most of the line is.
+it speaks up or publishes something newer. On a grid of several axes rounds have numbers, and whoever is behind goes on
+with those whom it meets.
 """
 
+import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,13 +19,13 @@ import trio
 from mpd.config import RoundLimits
 from mpd.deadlines import Pace
 from mpd.errors import PeerError
-from mpd.grid import Cell, ShapeRecord, axis_of, line_of, newer, next_cell, slot, table
-from mpd.grouping import compose_begin
+from mpd.grid import MAX_ROSTER, Cell, Line, ShapeRecord, axis_of, line_of, next_cell, slot, table
+from mpd.grouping import compose_begins
 from mpd.ids import Endpoint, PeerId, RoundId, peer_id, show_peer
 from mpd.layout import Terms
 from mpd.mass import Standing
 from mpd.matchmaking import Alone, Begun, Matchmaker, Sighting
-from mpd.messages import MAX_ROUND_S, Begin, Declined, Here, Join, Joined, Quit, RunTerms
+from mpd.messages import MAX_COLLECTED, MAX_ROUND_S, Begin, Declined, Here, Join, Joined, Quit, RunTerms
 from mpd.roll import MatchLimits
 from mpd.schedule import MAX_STACKED_VECTORS, MIN_CHUNK_BYTES
 
@@ -35,6 +37,7 @@ from .links import Link
 from .peers import Peers
 from .rendezvous import Rendezvous
 from .roster import Roster, Seen
+from .shaping import MAX_LATE_S, RESYNC_S, Shaping
 from .strangers import Strangers
 
 _POLL_S = 0.15  # while a shape is awaited
@@ -46,9 +49,7 @@ _FRESH_S = 10.0  # how long a new attachment polls fast
 _MAX_TIMER_S = 0.25
 _MAX_LEFT_S = MAX_ROUND_S - 1  # of a ticket: added to a clock and taken away again, an hour may become a little more
 _OVERTIME_S = 0.5  # that a step may take to find out where its line is
-_CATCH_UP_S = 1.0  # at most so often, whatever others publish, we leave company to catch up with others
-_HURRY_S = 5.0
-_MIN_AHEAD = 2
+_MIN_AHEAD = 2  # one alone may only have counted its failures
 _FAREWELL_S = 0.3  # how long taking announcements back may take
 
 
@@ -77,8 +78,6 @@ class _Post:
     company: set[PeerId] = field(default_factory=set)
     sought_at: float = float("-inf")
     is_ready: bool = False
-    is_overtaken: bool = False  # nobody else is at this number, but others are at a later one
-    goes_to: int | None = None  # where we have company, and more of it
 
 
 class Lobby:
@@ -87,7 +86,6 @@ class Lobby:
     def __init__(self, run: str, terms: Terms, services: LobbyServices) -> None:
         self.run = run
         self.terms = terms
-        self.record: ShapeRecord | None = None
         self.cell: Cell = ()
         self.last_cell: Cell = ()  # where the round that began last found us
         self.number = 0
@@ -99,12 +97,13 @@ class Lobby:
         self._roster = Roster(run, terms, services.own, services.rendezvous, services.limits, services.rng)
         self._roster.is_live = self._contacts.is_live
         self._strangers = Strangers(run, terms, self._contacts)
+        self.shaping = Shaping(terms, self._roster, self._contacts)
         self._post: _Post | None = None
         self._begun: _Post | None = None  # the slot of the group that began last
-        self._successor: tuple[ShapeRecord, Cell, int] | None = None  # what replaces `record`, and our place there
-        self._caught_up_at = float("-inf")  # when the line last went where more of it was
+        self._phases_at = float("-inf")  # when we last looked where most of our lines is
         self._lost: set[PeerId] = set()  # company of our line that has gone without a goodbye
         self._was_deserted = False  # the last step found that nobody else has announced the run
+        self._was_alone = False  # the last step came to no group
         self._nudged = trio.Event()
         self._changed = trio.Event()
         self._wanted = 0
@@ -114,6 +113,11 @@ class Lobby:
     def own(self) -> PeerId:
         """This peer."""
         return self._services.own
+
+    @property
+    def record(self) -> ShapeRecord | None:
+        """The shape record that this peer goes by."""
+        return self.shaping.record
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -140,7 +144,7 @@ class Lobby:
         """Whom we knew to stand where the last group began, and who is neither in it nor named as left out."""
         post = self._begun
         verdict = post.matchmaker.verdict if post is not None else None
-        if post is None or not isinstance(verdict, Begun) or verdict.leader:
+        if post is None or not isinstance(verdict, Begun) or verdict.leader or verdict.begin.parts > 1:
             return []
         named = {member.peer for member in verdict.begin.members} | set(verdict.begin.left_out)
         return sorted(peer for peer in post.company if peer not in named)
@@ -176,41 +180,42 @@ class Lobby:
             if self.record is None:
                 await self._settle_shape()
             if self.record is not None:
-                await self._watch_shape(self.record)
+                self.shaping.call_everybody()
+                await self.shaping.look(self.record)
                 await self._rest()
             else:
                 is_urgent = self._wanted or self._roster.others or trio.current_time() < fresh_until
                 await self._pause(_POLL_S if is_urgent else _SLOW_POLL_S)
 
     async def _rest(self) -> None:
-        """Wait before the next look, shorter if more peers are there now: two halves of a swarm may have met."""
+        """Wait before the next look, shorter if there is news, or more peers now: two parts of a swarm may have met."""
         n_peers = self._services.rendezvous.snapshot().peers
         for _ in range(int(_IDLE_POLL_S / _SLOW_POLL_S)):
-            await trio.sleep(_SLOW_POLL_S)
+            slice_ends = trio.current_time() + _SLOW_POLL_S
+            while trio.current_time() < slice_ends:
+                if self.shaping.is_urgent:
+                    return
+                with trio.move_on_at(slice_ends):
+                    await self.shaping.stirred.wait()
+            if self.shaping.is_restless:
+                return
             before, n_peers = n_peers, self._services.rendezvous.snapshot().peers
             if n_peers > before:
                 await trio.sleep(_ARRIVAL_S)
                 return
 
-    async def _watch_shape(self, own: ShapeRecord) -> None:
-        """Keep the shape published; find out whether there is another one, written where we could not see it."""
-        found = await self._roster.newest_shape()
-        if found is not None and newer(found, own):
-            cell, number = await self._roster.first_place(found)
-            self._successor = (found, cell, number)
-            own = found
-        await self._roster.keep_shape(own)
-
-    def _adopt(self) -> None:
-        """Go over to a shape that replaces ours: between steps, and in an exact run between two cycles."""
-        post, successor = self._post, self._successor
-        if successor is not None and post is not None:
-            self._successor = None
-            post.matchmaker.cancel(trio.current_time(), "the run goes on in another shape")
-            self._pump(post)
-            self.record, self.cell, self.number = successor
-            self.last_cell = self.cell
-            self._stand()
+    async def _adopt(self, deadline: float) -> None:
+        """Go over to a shape that replaces ours, if it is time: between two cycles."""
+        place = await self.shaping.next_place(deadline)
+        if place is None:
+            return
+        record, cell, number = place
+        if self._post is not None:
+            self._post.matchmaker.cancel(trio.current_time(), "the run goes on in another shape")
+            self._pump(self._post)
+        self.shaping.go_by(record)
+        self.last_cell, self.number, self.cell = cell, number, cell
+        self._stand(line_size=record.n_peers if len(record.shape) == 1 else None)
 
     async def _settle_shape(self) -> None:
         # Each of us begins at its own place in the order, so no ids, however chosen, are called first by everybody.
@@ -220,7 +225,7 @@ class Lobby:
         record = await self._roster.find_shape()
         if record is not None:
             self.cell, self.number = await self._roster.first_place(record)
-            self.record = record
+            self.shaping.go_by(record)
             self._stand(line_size=record.n_peers if len(record.shape) == 1 else None)
 
     async def _watch_slot(self) -> None:
@@ -234,7 +239,7 @@ class Lobby:
                     post.sought_at = now
                     found = await self._roster.look(post.slot)
                     self._take_in(post, found)
-                    await self._catch_up(post, found)
+                    await self._join_phase(post)
             else:
                 await self._roster.stand_nowhere()
             if post is self._post:
@@ -248,46 +253,36 @@ class Lobby:
         post = now  # a round may have begun meanwhile, and the next one is in the same slot
         mates = [seen for seen in found if seen.place.digest == self.terms.digest]
         for seen in mates:
-            if len(self.shape) == 1 or seen.place.number == post.number:
+            if len(self.shape) == 1 or seen.place.number >= post.number:  # who is ahead in our slot takes us along
                 self._contacts.note(seen)
                 self._meet(post, seen.peer)
-        ahead = max((seen.place.number for seen in mates), default=0)
-        if len(self.shape) > 1 and ahead > post.number and not post.company:
-            post.is_overtaken = True
-            if post.is_ready:
-                post.matchmaker.cancel(trio.current_time(), f"our line has gone on to round {ahead}")
-            else:
-                self._go_to(ahead, self.cell)
         self._pump(post)
 
-    async def _catch_up(self, post: _Post, found: list[Seen]) -> None:
-        """Go with those who are cycles ahead of us, though we have company: two halves of a grid have met.
+    async def _join_phase(self, post: _Post) -> None:
+        """Go to the phase in which most of our lines is, if we have come to be with a few others in another one.
 
-        Both count on where they were, so one has to give way, and it is the one behind. It takes two peers that are
-        linked to us to move us, since one alone may only have counted its failures.
+        Exact cycles begin in the same phase for all; where every step is one round, two halves that are a round apart
+        would never meet. A record is no proof, so those it speaks of have to be linked to us.
         """
         record, d, now = self.record, len(self.shape), trio.current_time()
-        if record is None or d == 1 or (self.terms.rounds == "exact" and post.number % d):
+        if record is None or d == 1 or self.terms.rounds == "exact" or now - self._phases_at < _IDLE_POLL_S:
             return
-        ahead = [seen for seen in found if seen.place.number >= post.number + d]
-        if not (ahead and post.company) or now - self._caught_up_at < _CATCH_UP_S:
+        axis = axis_of(post.number, record.shape)
+        if 2 * (1 + len(post.company)) > self._expected(record, axis, line_of(self.cell, axis))[1]:
+            return  # here is most of it
+        self._phases_at = now
+        lines = await self._roster.lines(record, self.cell)
+        phases = Counter(seen.place.number % d for seen in lines)
+        phase, n_there = max(phases.items(), key=lambda item: item[1], default=(0, 0))
+        if phase == post.number % d or n_there < max(_MIN_AHEAD, 2 * (1 + phases[post.number % d])):
             return
-        far = [seen for seen in await self._roster.lines(record, self.cell) if seen.place.number >= post.number + d]
-        for seen in far:
+        there = [seen for seen in lines if seen.place.number % d == phase]
+        for seen in there:
             self._contacts.note(seen)
             self._contacts.call(seen.peer)
-        if post is not self._post or sum(self._contacts.is_linked(seen.peer) for seen in far) < _MIN_AHEAD:
-            return
-        number = max(seen.place.number for seen in ahead)
-        if now - self._caught_up_at < _HURRY_S:
-            number += d  # they go on while we look, so we wait where they come next
-        self._caught_up_at = now
-        post.goes_to = number
-        if post.is_ready:
-            post.matchmaker.cancel(now, f"the other half of our line has gone on to round {number}")
-            self._pump(post)
-        else:
-            self._go_to(number, self.cell)
+        is_known = sum(self._contacts.is_linked(seen.peer) for seen in there) >= _MIN_AHEAD
+        if is_known and post is self._post and not post.is_ready:
+            self._go_to(max(seen.place.number for seen in there), self.cell)
 
     async def _pause(self, seconds: float) -> None:
         with trio.move_on_after(seconds):
@@ -334,18 +329,19 @@ class Lobby:
         """
         self.come_back()
         self._wanted += 1
-        if self.terms.rounds != "exact":
-            self._adopt()
-        self._nudge()
         try:
+            if self.terms.rounds != "exact" and (self.number % max(1, len(self.shape)) == 0 or self._was_alone):
+                await self._adopt(deadline)
+            self._nudge()
             if not await self._await_shape(deadline):
                 return self._alone(Alone(self.reason, {}))
             verdict, post = await self._match(standing, deadline)
-            if post.is_overtaken or post.goes_to is not None:
-                verdict, post = await self._match(standing, deadline)
         finally:
             self._wanted -= 1
-        self._was_deserted = isinstance(verdict, Alone) and not post.company
+        self._was_alone = isinstance(verdict, Alone)
+        self._was_deserted = self._was_alone and not post.company
+        if self._was_alone:
+            self.shaping.is_deserted()
         return self._alone(verdict) if isinstance(verdict, Alone) else verdict
 
     async def _await_shape(self, deadline: float) -> bool:
@@ -378,7 +374,7 @@ class Lobby:
                 machine.cancel(now, "nobody else has announced this run")
             else:
                 ticket = self._ticket(post, standing(self.cell), max(0.001, deadline - now))
-                machine.on_ready(now, ticket, self.pace.window_s(post.company))
+                machine.on_ready(now, ticket, *self._patience(post))
             self._pump(post)
             while machine.verdict is None:
                 self.reason = machine.reason
@@ -397,7 +393,7 @@ class Lobby:
         self.reason = machine.reason
         self.pace.note_arrivals(machine.lateness(trio.current_time()))
         if isinstance(machine.verdict, Alone):
-            await self._stay(post, deadline)
+            await self._stay(deadline)
         return machine.verdict, post
 
     def _take_back(self, post: _Post) -> None:
@@ -437,13 +433,19 @@ class Lobby:
             bandwidth=self.pace.download(trio.current_time()),
             time_left_s=min(time_left_s, _MAX_LEFT_S),
             age=self.age,
+            newest=self.shaping.to_tell(post.number),
         )
 
     # --------------------------------------------------------------------------------------------------- where we stand
 
+    async def begin_cycle(self, deadline: float) -> None:
+        """An exact cycle begins: go over to another shape if it is time, and stand where it begins."""
+        await self._adopt(deadline)
+        self.shaping.begin_cycle()
+        self.start_cycle()
+
     def start_cycle(self) -> None:
         """Stand where the next exact cycle begins: all peers of a run start it at the same phase."""
-        self._adopt()
         d = max(1, len(self.shape))
         if self.number % d:
             self._go_to(self.number + d - self.number % d, self.cell)
@@ -456,6 +458,7 @@ class Lobby:
     def _move_on(self, post: _Post, begin: Begin) -> None:
         """Announce ahead: where we shall stand is known as soon as the round begins."""
         assert self.record is not None
+        self.shaping.hear(begin.newest)
         self._begun, self.last_cell = post, self.cell
         place = [member.peer for member in begin.members].index(self.own)
         if len(self.record.shape) == 1:
@@ -470,12 +473,9 @@ class Lobby:
             cell = next_cell(self.cell, begin.number, place, self.record.n_peers, self.record.shape)
             self._go_to(begin.number + 1, cell)
 
-    async def _stay(self, post: _Post, deadline: float) -> None:
+    async def _stay(self, deadline: float) -> None:
         """There was no group. A cycle goes on all the same; and if our line is somewhere else, we join it there."""
         assert self.record is not None
-        if post.goes_to is not None:
-            self._go_to(post.goes_to, self.cell)
-            return
         number, d = self.number, len(self.shape)
         is_cycle = self.terms.rounds == "exact" and d > 1
         self._go_to(number + 1 if is_cycle else number, self.cell)
@@ -502,11 +502,14 @@ class Lobby:
         axis = axis_of(self.number, record.shape)
         line = line_of(self.cell, axis)
         key = slot(self.run, record, axis, line)
+        line_low, d = line_size, len(record.shape)
         if line_size is None:
-            line_size = table(record.n_peers, record.shape).expected(axis, line) if len(record.shape) > 1 else 0
+            line_low, line_size = self._expected(record, axis, line)
         window = self.pace.window
-        limits = MatchLimits(window_s=window.first_s, alone_s=window.first_s, leader_s=window.cap_s)
-        machine = Matchmaker(self.own, key, self.run, self.number, self._compose, limits, line_size)
+        limits = MatchLimits(window_s=window.first_s, alone_s=window.first_s, leader_s=window.cap_s + MAX_LATE_S)
+        machine = Matchmaker(
+            self.own, key, self.run, self.number, self._compose, limits, line_size, line_low, record.epoch, d
+        )
         post = self._post = _Post(key, self.number, machine)
         if old is not None and (old.slot, old.number) == (key, self.number):
             post.sought_at = old.sought_at
@@ -516,10 +519,45 @@ class Lobby:
             self._nudge()
         self._pump(post)
 
-    def _compose(self, members: tuple[tuple[PeerId, Join], ...], left_out: dict[PeerId, str]) -> Begin:
+    def _expected(self, record: ShapeRecord, axis: int, line: Line) -> tuple[int, int]:
+        """Return how many peers our line should have at least, and at most.
+
+        While a run grows or shrinks that is not what its grid was made for.
+        """
+        if len(record.shape) == 1:
+            return 0, 0  # nobody leaves it, so all are known
+        n_peers = len(self._roster.others) + 1  # if all of them can be seen
+        n_peers = max(record.n_peers, n_peers) if n_peers > MAX_ROSTER else n_peers
+        expected = math.ceil(table(record.n_peers, record.shape).expected(axis, line) * n_peers / record.n_peers)
+        if not self.shaping.counted:
+            return expected, expected
+        n_lines = math.prod(record.shape) // record.shape[axis]
+        return min(expected, max(self.shaping.counted, n_peers) // n_lines), expected
+
+    def _patience(self, post: _Post) -> tuple[MatchLimits, tuple[int, int] | None]:
+        """Return how long to wait for whom, as far as it is known by the time our trainer asks."""
+        window = self.pace.window
+        limits = MatchLimits(
+            window_s=self.pace.window_s(post.company), alone_s=window.first_s, leader_s=window.cap_s + MAX_LATE_S
+        )
+        d, phase = len(self.shape), post.number % len(self.shape)
+        if self.terms.rounds != "exact" or d == 1:
+            return limits, None
+        # Whoever had to wait for somebody in the rounds of this cycle before is later by as much.
+        late_s = min(phase * limits.settle_s, MAX_LATE_S)
+        limits = replace(limits, window_s=limits.window_s + late_s, settle_s=limits.settle_s + late_s)
+        if self.shaping.is_settled:
+            return limits, None
+        # The swarm has come apart: lines are of any size, and parts of it go round one after the other. If all lines
+        # take the same time, whatever their size, and somewhat more where cycles begin, the parts catch each other.
+        quick_s = RESYNC_S * (1 if phase else d - 1)
+        limits = replace(limits, quick_s=quick_s, window_s=limits.window_s + quick_s, alone_s=2 * quick_s)
+        return limits, (0, MAX_COLLECTED)
+
+    def _compose(self, members: tuple[tuple[PeerId, Join], ...], left_out: dict[PeerId, str]) -> tuple[Begin, ...]:
         assert self.record is not None
         now, others = trio.current_time(), [peer for peer, _ in members if peer != self.own]
-        return compose_begin(
+        return compose_begins(
             members,
             left_out,
             shape=self.record.shape,
@@ -528,6 +566,7 @@ class Lobby:
             progress_s=self.pace.progress_s(others),
             payload_bytes=self.terms.layout.payload_bytes,
             uploads={peer: self.pace.upload(now, peer) for peer in others},
+            group_size=self.terms.group_size,
         )
 
     @property
@@ -560,15 +599,22 @@ class Lobby:
             return
         if isinstance(message, Begin) and self._is_part_of(message):
             return  # passed on by a member that had it first; we had it from our leader
+        has_terms = isinstance(message, Join | Begin)
+        if isinstance(message, Here | Declined) or (has_terms and message.digest == self.terms.digest):
+            self.shaping.hear(message.epoch)
         post = next((p for p in (self._post, self._begun) if p is not None and p.slot == message.slot), None)
         if post is None:
-            if isinstance(message, Join):
+            epoch = self.record.epoch if self.record is not None else 0
+            if isinstance(message, Here | Join) and 0 < message.epoch < epoch:
+                detail = f"the shape of the run's grid is number {epoch} here, {message.epoch} there"
+                link.send(Declined(message.slot, "older_record", detail, epoch=epoch))
+            elif isinstance(message, Join):
                 link.send(Declined(message.slot, "other_number", f"the next round here is {self.number}"))
             self._nudge()  # it knows more of this run than we do
         else:
             if isinstance(message, Join):
                 message = replace(message, time_left_s=min(message.time_left_s, _MAX_LEFT_S))
-            if isinstance(message, Here | Join) and message.number == post.number:
+            if isinstance(message, Here | Join) and post.matchmaker.may_meet(message.number):
                 self._meet(post, link.peer)
             elif isinstance(message, Quit):
                 post.company.discard(link.peer)
@@ -598,6 +644,7 @@ class Lobby:
 
     def _on_back(self, peer: PeerId) -> None:
         """A peer that was absent is linked again. On a single line it is company as before."""
+        self.shaping.is_back()
         was_lost = peer in self._lost
         self._lost.discard(peer)
         if was_lost and self._post is not None and len(self.shape) == 1:

@@ -1,9 +1,10 @@
-"""How a peer enters a run: the roster of those who want it, the shape that is fixed once, and its first cell.
+"""How a peer enters a run: the roster of those who want it, the shape records, and its first cell in each.
 
 Everything here goes through the rendezvous and is a hint until a link confirms it. While a run has no shape record,
 the smallest id of a roster that has been quiet for a while writes one; everybody takes its rank in that roster as first
 cell, so that the very first cycle is balanced. Whoever comes later takes the emptiest of four cells and joins the phase
-in which its line is; its own counter would split the swarm for ever.
+in which its line is; its own counter would split the swarm for ever. When the shape changes (daemon/shaping.py), the
+same holds for the new one.
 
 A peer announces itself in one slot at a time, and the three smallest ids keep the shape record published.
 """
@@ -11,11 +12,12 @@ A peer announces itself in one slot at a time, and the three smallest ids keep t
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
 from mpd.config import RoundLimits
+from mpd.elastic import believable
 from mpd.errors import PeerError
 from mpd.grid import (
     Cell,
@@ -76,10 +78,19 @@ class Roster:
         self._quiet_since = trio.current_time()
         self._kept: ShapeRecord | None = None
         self._stands: dict[bytes, Place | None] = {}  # None: it may be announced
+        self._entry: Place | None = None  # how we stand in the roster
 
     async def announce(self, endpoint: Endpoint | None) -> None:
         """Say that this peer wants to take part."""
-        await self._publish(roster_key(self.run), self.place(endpoint, 0, ()))
+        self._entry = self.place(endpoint, 0, ())
+        await self._publish(roster_key(self.run), self._entry)
+
+    async def has_finished(self, epoch: int) -> None:
+        """Say that this peer has finished a cycle in the shape of this epoch. Costs nothing where it has said so."""
+        if self._entry is not None and self._entry.epoch != epoch:
+            entry = replace(self._entry, epoch=epoch)
+            await self._publish(roster_key(self.run), entry)
+            self._entry = entry
 
     async def withdraw(self) -> None:
         """Take everything back that this peer has announced."""
@@ -100,18 +111,20 @@ class Roster:
         if members != self._members:
             self._members, self._quiet_since = members, trio.current_time()
 
-    async def newest_shape(self) -> ShapeRecord | None:
-        """Return the shape record of the run that replaces all others; None if there is none."""
-        found: ShapeRecord | None = None
+    async def newest_shape(self, known: ShapeRecord | None = None) -> ShapeRecord | None:
+        """Return the shape record of the run that replaces all others, `known` included; None if there is none."""
+        found = [known] if known is not None else []
         for record in await self._rendezvous.seek(shape_key(self.run, self.terms.digest)):
             shape = _decode(record)
             if not isinstance(shape, ShapeRecord) or shape.digest != self.terms.digest:
                 continue
-            if shape.shape != fit(shape.n_peers, self.terms.group_size):
-                continue  # it makes sense and is wrong: nobody fits a grid in another way
-            if found is None or newer(shape, found):
-                found = shape
-        return found
+            if known is None or shape.epoch >= known.epoch:
+                found.append(shape)
+        newest: ShapeRecord | None = None
+        for shape in believable(found, self.terms.group_size, len(self.others) + 1):
+            if newest is None or newer(shape, newest):
+                newest = shape
+        return newest
 
     async def find_shape(self) -> ShapeRecord | None:
         """Return the shape record of the run; write it if that is up to this peer and the time has come."""
@@ -125,26 +138,37 @@ class Roster:
         """Publish the record if that is up to this peer too: it must outlive whoever wrote it."""
         n_smaller = sum(peer < self.own for peer in self.others)
         if n_smaller < _SHAPE_KEEPERS and record != self._kept:
-            self._kept = record  # first: a cancelled announcement may have been made
-            value = RECORDS.encode(record)
-            await self._rendezvous.announce(shape_key(self.run, self.terms.digest), value, self._limits.record_ttl_s)
+            await self.publish_shape(record)
+
+    async def publish_shape(self, record: ShapeRecord) -> None:
+        """Publish the record."""
+        self._kept = record  # first: a cancelled announcement may have been made
+        value = RECORDS.encode(record)
+        await self._rendezvous.announce(shape_key(self.run, self.terms.digest), value, self._limits.record_ttl_s)
 
     async def first_place(self, record: ShapeRecord) -> tuple[Cell, int]:
         """Return the cell and the round number with which this peer starts under `record`."""
-        rank = record.rank_of(self.own)
-        if rank is None and not record.roster and len(self.others) + 1 == record.n_peers:
-            rank = sorted([*self.others, self.own]).index(self.own)
-        if rank is not None:
-            cell = rank_cell(rank, record.shape, record.n_peers)
+        cell = record.first_cell(self.own)
+        if cell is None and not record.roster and len(self.others) + 1 == record.n_peers:
+            cell = rank_cell(sorted([*self.others, self.own]).index(self.own), record.shape, record.n_peers)
+        if cell is not None:
             number = await self.find_number(record, cell, near=0) or 0
             # In the first cycle other lines may be ahead, but our own waits for us.
             return cell, number if number >= len(record.shape) else 0
         candidates = sample_cells(self._rng, record.shape)
-        lines_of = {cell: await self.lines(record, cell) for cell in candidates}
-        number = _most_common((seen for lines in lines_of.values() for seen in lines), near=0) or 0
+        lines_of: dict[Cell, list[Seen]] = {}
+
+        async def look_at(cell: Cell) -> None:
+            lines_of[cell] = await self.lines(record, cell)
+
+        async with trio.open_nursery() as nursery:
+            for cell in candidates:
+                nursery.start_soon(look_at, cell)
+        number = _most_common((seen for cell in candidates for seen in lines_of[cell]), near=0) or 0
         axis = axis_of(number, record.shape)
         counts: Counter[Line] = Counter()
-        for cell, lines in lines_of.items():
+        for cell in candidates:
+            lines = lines_of[cell]
             here = sum(seen.place.number == number for seen in lines)
             counts[line_of(cell, axis)] = max(counts[line_of(cell, axis)], here)
         return emptiest(counts, candidates, axis, self._rng), number
@@ -193,11 +217,17 @@ class Roster:
 
     async def lines(self, record: ShapeRecord, cell: Cell) -> list[Seen]:
         """Return the peers announced in the lines of `cell`, in all phases."""
+        found: dict[int, list[Seen]] = {}
+
+        async def look_at(phase: int) -> None:
+            found[phase] = await self.look(slot(self.run, record, phase, line_of(cell, phase)))
+
+        async with trio.open_nursery() as nursery:
+            for phase in range(len(record.shape)):
+                nursery.start_soon(look_at, phase)
         seen: dict[PeerId, Seen] = {}
         for phase in range(len(record.shape)):
-            axis = axis_of(phase, record.shape)
-            key = slot(self.run, record, phase, line_of(cell, axis))
-            for other in await self.look(key):
+            for other in found[phase]:
                 known = seen.get(other.peer)
                 if known is None or other.place.number > known.place.number:
                     seen[other.peer] = other

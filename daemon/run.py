@@ -16,7 +16,7 @@ from mpd.codecs import codec_named
 from mpd.config import RoundLimits
 from mpd.control import LoadState, StateLoaded, Step, Stepped
 from mpd.errors import LocalError, RoundFailed
-from mpd.grid import Cell
+from mpd.grid import Cell, ShapeRecord
 from mpd.ids import PeerId, RoundId, peer_id, show_peer
 from mpd.layout import Terms
 from mpd.mass import Shares, Standing, after, certificate, enter
@@ -120,6 +120,7 @@ class _Tally:
     vector: memoryview | None = None  # the result of the last round that succeeded
     exact: bool = False
     heads: int = 0
+    heads_certified: bool = False
     peers: dict[PeerId, None] = field(default_factory=dict)
     contributors: tuple[PeerId, ...] = ()
     confirmed: tuple[PeerId, ...] = ()
@@ -164,6 +165,7 @@ class Run:
         self._current: list[_Ask] = []
         self._scope: trio.CancelScope | None = None
         self._session: RoundSession | None = None  # the round that the step in progress waits for
+        self._standing: Standing | None = None  # from one step to the next, where a step is one round
         self._spare: memoryview | None = None  # between the rounds of an exact cycle
         self._gathered: memoryview | None = None  # where several trainers are averaged first
         self._lingering: list[tuple[memoryview, RoundSession]] = []
@@ -308,18 +310,23 @@ class Run:
         vector, weight = await self._gather()
         await trio.lowlevel.checkpoint_if_cancelled()  # a thread did that, and the run may have ended meanwhile
         is_exact = self.terms.rounds == "exact"
-        standing: Standing | None = None
+        standing = None if is_exact else self._standing  # only heads move from step to step
+        self._standing = None
         if is_exact:
-            self.lobby.start_cycle()
+            await self.lobby.begin_cycle(deadline)
         for turn in itertools.count(1):
-            entering = standing
+            entering, record, number = standing, self.lobby.record, self.lobby.number
 
-            def bring(cell: Cell, entering: Standing | None = entering) -> Standing:
+            def bring(
+                cell: Cell, entering: Standing | None = entering, record: ShapeRecord | None = record
+            ) -> Standing:
                 # If our line has gone on to the next cycle, we begin that with everybody else: afresh.
-                begins_cycle = self.lobby.number % max(1, len(self.lobby.shape)) == 0
-                return enter(weight, cell) if entering is None or begins_cycle else replace(entering, cell=cell)
+                is_same_grid = self.lobby.record is record
+                return self._bring(entering if is_same_grid else None, self.lobby.number, weight, cell)
 
             verdict = await self.lobby.form(bring, deadline)
+            if self.lobby.record is not record:
+                standing = None
             n_rounds = max(1, len(self.lobby.shape)) if is_exact else 1
             n_left = -self.lobby.number % n_rounds  # the lobby stands where the next round will be
             where = "" if n_rounds == 1 else f"round {n_rounds - n_left} of {n_rounds}: "
@@ -328,6 +335,9 @@ class Run:
                 missing = {show_peer(peer): why for peer, why in verdict.missing.items()}
                 tally.missing.update(missing)
                 self._remember_step(tally, where + verdict.reason, {**tally.trainers, **missing})
+                self.lobby.shaping.note_round(number, 1)
+                tally.heads_certified = False
+                ends_cycle = True
             else:
                 best = tally.vector if tally.vector is not None else vector
                 begins_cycle = verdict.begin.number % n_rounds == 0
@@ -335,11 +345,24 @@ class Run:
                 target = await self._target(verdict.begin, best, n_left)
                 source = vector if begins_cycle else best
                 session = await self._exchange(verdict.begin, source, target, deadline, absent)
-                if standing is None or begins_cycle:
-                    standing = enter(weight, self.lobby.last_cell)
+                number = verdict.begin.number
+                standing = self._bring(standing, number, weight, self.lobby.last_cell)
                 standing = self._account(tally, session, standing, where, absent)
+                ends_cycle = (number + 1) % max(1, len(self.lobby.shape)) == 0
             if not n_left or turn == n_rounds:
                 break
+        if is_exact or ends_cycle:
+            self.lobby.shaping.note_cycle(tally.heads, is_certified=tally.heads_certified)
+        if not is_exact:
+            self._standing = standing
+
+    def _bring(self, standing: Standing | None, number: int, weight: float, cell: Cell) -> Standing:
+        """Return what we bring into round `number` at `cell`, if `standing` is what the round before has left us."""
+        if standing is None or number % max(1, len(self.lobby.shape)) == 0:
+            return enter(weight, cell)
+        if self.terms.rounds != "exact":  # plain weights, whatever happens
+            standing = replace(standing, mass=enter(weight, cell).mass)
+        return replace(standing, cell=cell)
 
     async def _exchange(
         self, begin: Begin, source: memoryview, target: memoryview, deadline: float, absent: dict[str, str]
@@ -415,6 +438,8 @@ class Run:
         self.history.add_round(session, result, absent)
         if not result.success:
             tally.failures.append(where + result.reason)
+            tally.heads_certified = False
+            self.lobby.shaping.note_round(begin.number, len(begin.members) * begin.parts)
             self.lobby.fall_back()
             return standing if standing.seen >= 0 else None
         self.rounds += 1
@@ -432,16 +457,20 @@ class Run:
             weights=tuple(member.weight for member in begin.members),
             heads=tuple(member.heads for member in begin.members),
             whole=begin.whole,
+            parts=begin.parts,
         )
-        is_exact, tally.heads = certificate(shares, result.contributors)
-        tally.exact = is_exact and self.terms.aggregate == "mean"  # nothing else can be certified
-        if self.terms.rounds != "exact":
-            return None
+        tally.heads_certified, tally.heads = certificate(shares, result.contributors)
+        # One round is the mean of all only if all are in it; and nothing but a mean can be certified.
+        is_whole_cycle = self.terms.rounds == "exact" or len(record.shape) == 1
+        tally.exact = tally.heads_certified and is_whole_cycle and self.terms.aggregate == "mean"
+        self.lobby.shaping.note_round(begin.number, len(begin.members) * begin.parts)
         return after(standing, session.me, shares, result.contributors, begin.round_id, record.n_peers)
 
     def _remember_step(self, tally: _Tally, reason: str, missing: dict[str, str]) -> None:
         """Keep for `mpd rounds` that a step, or a round of it, came to no group."""
-        self.history.add_step(self.lobby.number, reason, missing, trio.current_time() - tally.began)
+        record = self.lobby.record
+        epoch = record.epoch if record is not None else 0
+        self.history.add_step(self.lobby.number, epoch, reason, missing, trio.current_time() - tally.began)
 
     @property
     def state(self) -> str:

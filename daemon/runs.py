@@ -207,6 +207,7 @@ class Runs:
             "shape": list(lobby.shape),
             "key": list(lobby.cell),
             "phase": lobby.number % max(1, len(lobby.shape)),
+            "elastic": lobby.shaping.describe(),
             "peers": len(lobby.company) + 1,
             "trainers": len(run.seats),
             "rounds": run.rounds,

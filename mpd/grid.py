@@ -236,8 +236,9 @@ def _number(value: int) -> bytes:
 class ShapeRecord:
     """What all peers of a run must agree on: the grid, and how many peers it was fitted to.
 
-    `epoch` counts the records of a run from 1, `digest` is that of the run's terms, and `roster` has the first 4 bytes
-    of each peer's id in ascending order (or nothing, see `roster_of`). Raises ValueError on fields that make no sense.
+    `epoch` counts the records of a run from 1, and `digest` is that of the run's terms. `roster` is a hint where to
+    begin: the first 4 bytes of the ids, in ascending order, of the peers that its writer saw (or nothing, see
+    `roster_of`); it is no part of what must be agreed on. Raises ValueError on fields that make no sense.
     """
 
     epoch: int
@@ -257,10 +258,10 @@ class ShapeRecord:
             raise ValueError(f"shape {self.shape} has more cells than the {self.n_peers} peers can fill")
         if len(self.digest) != DIGEST_BYTES:
             raise ValueError(f"a digest of {len(self.digest)} bytes: {DIGEST_BYTES} expected")
-        if len(self.roster) not in (0, PREFIX_BYTES * self.n_peers):
-            raise ValueError(f"a roster of {len(self.roster)} bytes for {self.n_peers} peers: 0 or 4 each expected")
+        if len(self.roster) % PREFIX_BYTES:
+            raise ValueError(f"a roster of {len(self.roster)} bytes: {PREFIX_BYTES} for each peer expected")
         if len(self.roster) > PREFIX_BYTES * MAX_ROSTER:
-            raise ValueError(f"a roster of {self.n_peers} peers: at most {MAX_ROSTER} expected")
+            raise ValueError(f"a roster of {len(self.roster) // PREFIX_BYTES} peers: at most {MAX_ROSTER} expected")
         if self._prefixes() != sorted(self._prefixes()):
             raise ValueError("the roster is not in ascending order")
 
@@ -269,6 +270,15 @@ class ShapeRecord:
         prefixes = self._prefixes()
         prefix = peer_id[:PREFIX_BYTES]
         return prefixes.index(prefix) if prefixes.count(prefix) == 1 else None
+
+    def first_cell(self, peer_id: bytes) -> Cell | None:
+        """Return where `peer_id` begins by its rank in the roster; None if that is not known."""
+        rank = self.rank_of(peer_id)
+        return rank_cell(rank, self.shape, len(self._prefixes())) if rank is not None else None
+
+    def is_same_grid(self, other: "ShapeRecord") -> bool:
+        """Return True if whoever goes by `other` meets whoever goes by this one."""
+        return (self.epoch, self.n_peers, self.shape) == (other.epoch, other.n_peers, other.shape)
 
     def content_digest(self) -> bytes:
         """Return 32 bytes that two records have in common only if they are equal."""

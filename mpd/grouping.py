@@ -2,24 +2,28 @@
 
 The leader computes all of it once and the members take it as it is. What a ticket claims cannot be checked here, only
 bounded; who does not fit is left out and named, so that one bad ticket does not cost the others their round.
+
+A line that has swollen while the run grew is cut into groups of its own where that costs nothing (mpd/mass.py). What
+its members weigh follows from the whole line, so a claim of several cell-mates stays one, whichever groups they are in.
 """
 
 import random
 from collections.abc import Mapping
 
+from mpd.elastic import max_line
 from mpd.errors import RoundFailed
 from mpd.grid import Shape, axis_of, line_of, on_grid, seating
 from mpd.ids import ROUND_ID_BYTES, PeerId
 from mpd.layout import MAX_WEIGHT
 from mpd.manifest import MAX_NUMBER
-from mpd.mass import shares
-from mpd.messages import Begin, Join, Member
+from mpd.mass import Shares, cuts, shares
+from mpd.messages import MAX_MEMBERS, Begin, Join, Member
 from mpd.schedule import chunk_bytes_for, tempered_fractions
 
 MAX_LEFT_OUT = 1024
 
 
-def compose_begin(
+def compose_begins(
     members: tuple[tuple[PeerId, Join], ...],
     left_out: dict[PeerId, str],
     *,
@@ -29,19 +33,22 @@ def compose_begin(
     progress_s: float,
     payload_bytes: int,
     uploads: Mapping[PeerId, float] | None = None,
-) -> Begin:
-    """Return the `Begin` of a group.
+    group_size: int = MAX_MEMBERS,
+) -> tuple[Begin, ...]:
+    """Return the `Begin` of the group, or of each group if the line is cut; the leader's first.
 
     Args:
-        members: each member's ticket, the leader first; its run, slot, terms, epoch and number count.
-        left_out: announced peers that are not members, and why. If there are any, a second leader may be closing a
-            second group with them, so the result cannot be certified.
+        members: each member's ticket, the leader first; its run, slot, terms and epoch count, and the largest number.
+        left_out: announced peers that are not members, and why. If there are any in the first round of a cycle, a
+            second leader may be closing a second group with them, so the result cannot be certified; in later ones
+            the claims that are there, or are not, tell (mpd/mass.py).
         shape: cells per axis of the run's grid.
         exact: whether mass moves within a cycle (see mpd/mass.py).
         rng: source of the round id; `random.SystemRandom()` outside tests.
         progress_s: how long a member may deliver nothing while others wait for it.
         payload_bytes: size of the vector.
         uploads: how fast members send, as the leader has measured, in bytes per second; nothing is known of the others.
+        group_size: how large groups should be; a line that is much larger is cut.
 
     Members that can be dialled reduce shards by their bandwidth, the smaller one of what they say about receiving and
     what the leader knows about their sending.
@@ -56,41 +63,86 @@ def compose_begin(
     if len(fitting) < 2:
         raise RoundFailed("nobody who joined stands on our line of the grid")
     round_id = rng.randbytes(ROUND_ID_BYTES)
-    peers = seating(fitting, round_id)
-    tickets = [fitting[PeerId(peer)] for peer in peers]
-    if not any(ticket.inbound for ticket in tickets):
+    peers = tuple(map(PeerId, seating(fitting, round_id)))
+    if not any(ticket.inbound for ticket in fitting.values()):
         raise RoundFailed("nobody in the group accepts connections, so nobody can reduce")
-    bandwidths = [_bandwidth(fitting[peer], (uploads or {}).get(peer, 0.0)) for peer in map(PeerId, peers)]
-    split = tempered_fractions(bandwidths, [ticket.inbound for ticket in tickets])
-    share = shares([ticket.standing for ticket in tickets], leader.number, shape, exact)
+    number = max(ticket.number for ticket in fitting.values())  # whoever is behind goes on with the others
+    share = shares([fitting[peer].standing for peer in peers], number, shape, exact)
     if sum(share.weights) <= 0:
         raise RoundFailed("nobody in the group brings any weight into this round")
-    return Begin(
-        round_id=round_id,
-        run=leader.run,
-        slot=leader.slot,
-        digest=leader.digest,
-        epoch=leader.epoch,
-        number=leader.number,
-        members=tuple(
-            Member(peer, ticket.host, ticket.port, ticket.inbound, weight, heads, fraction, ticket.stamp)
-            for peer, ticket, weight, heads, fraction in zip(
-                peers, tickets, share.weights, share.heads, split, strict=True
+    begins_cycle = axis_of(number, shape) == 0
+    begins = []
+    groups = _groups(peers, fitting, share, group_size)
+    for group in groups:
+        if len(groups) > 1:  # who sits where is drawn anew in each
+            round_id = rng.randbytes(ROUND_ID_BYTES)
+            group = tuple(map(PeerId, seating(group, round_id)))
+        tickets = [fitting[peer] for peer in group]
+        places = [peers.index(peer) for peer in group]
+        bandwidths = [_bandwidth(fitting[peer], (uploads or {}).get(peer, 0.0)) for peer in group]
+        split = tempered_fractions(bandwidths, [ticket.inbound for ticket in tickets])
+        begins.append(
+            Begin(
+                round_id=round_id,
+                run=leader.run,
+                slot=leader.slot,
+                digest=leader.digest,
+                epoch=leader.epoch,
+                number=number,
+                members=tuple(
+                    Member(
+                        peer,
+                        ticket.host,
+                        ticket.port,
+                        ticket.inbound,
+                        share.weights[place],
+                        share.heads[place],
+                        fraction,
+                        ticket.stamp,
+                    )
+                    for peer, ticket, place, fraction in zip(group, tickets, places, split, strict=True)
+                ),
+                whole=share.whole and not (left_out and begins_cycle),
+                chunk_bytes=chunk_bytes_for(
+                    payload_bytes, len(group), min((b for b in bandwidths if b > 0), default=0.0)
+                ),
+                timeout_s=max(ticket.time_left_s for ticket in tickets),
+                progress_s=progress_s,
+                left_out={bytes(peer): why for peer, why in list(left_out.items())[:MAX_LEFT_OUT]},
+                age=min(MAX_NUMBER, 1 + max(ticket.age for ticket in tickets)),
+                parts=len(groups),
+                newest=max(ticket.newest for ticket in fitting.values()),
             )
-        ),
-        whole=share.whole and not left_out,
-        chunk_bytes=chunk_bytes_for(payload_bytes, len(peers), min((b for b in bandwidths if b > 0), default=0.0)),
-        timeout_s=max(ticket.time_left_s for ticket in tickets),
-        progress_s=progress_s,
-        left_out={bytes(peer): why for peer, why in list(left_out.items())[:MAX_LEFT_OUT]},
-        age=min(MAX_NUMBER, 1 + max(ticket.age for ticket in tickets)),
-    )
+        )
+    return tuple(sorted(begins, key=lambda begin: members[0][0] not in {member.peer for member in begin.members}))
+
+
+def _groups(
+    peers: tuple[PeerId, ...], tickets: Mapping[PeerId, Join], share: Shares, group_size: int
+) -> list[tuple[PeerId, ...]]:
+    """Return the groups into which the members of a line are cut; one, wherever a cut would cost something.
+
+    Each has its part of those who can be dialled and of those whose weight counts, so that each can average.
+    """
+    cap = group_size + 2 if len(peers) > max_line(group_size) else MAX_MEMBERS
+    n_groups = cuts(len(peers), share.number, share.shape, cap, MAX_MEMBERS)
+    dealt = sorted(range(len(peers)), key=lambda i: (not tickets[peers[i]].inbound, share.weights[i] == 0, i))
+    groups = [tuple(peers[i] for i in sorted(dealt[start::n_groups])) for start in range(n_groups)]
+    weight = dict(zip(peers, share.weights, strict=True))
+    is_able = all(any(tickets[p].inbound and weight[p] > 0 for p in group) for group in groups)
+    if is_able:
+        return groups
+    if len(peers) > MAX_MEMBERS:
+        raise RoundFailed(f"{len(peers)} members are more than one group holds, and too few of them can reduce")
+    return [peers]
 
 
 def _misfit(ticket: Join, leader: Join, shape: Shape, exact: bool) -> str:
     """Return why a ticket cannot be part of the leader's group, or an empty string."""
     axis = axis_of(leader.number, shape)
     cell, place, mass = ticket.standing.cell, leader.standing.cell, ticket.standing.mass
+    if axis_of(ticket.number, shape) != axis:
+        return f"stands at round {ticket.number}, in another phase"
     if not on_grid(cell, shape) or line_of(cell, axis) != line_of(place, axis):
         return "stands on another line of the grid"
     # Mass moves in the later rounds of a cycle only. In any other it is the weight of the peer's own trainers.

@@ -10,8 +10,13 @@ The same arithmetic on heads, with one head for each peer of the first round, co
 bit, `full`, follows the two ways in which a cycle can stop being exact: a cell whose mass was lost, or one counted
 twice. If it survives the last round, the result is the exact mean of all peers that took part in the first one.
 
-Where rounds are not exact cycles (one round per step, as in Moshpit SGD) nothing moves: every step starts with `enter`,
-and plain trainer weights keep the weighted mean of the swarm whoever is absent, which moving mass would not.
+An oversize line may be cut into several groups (`cuts`), except in the last round of a cycle. As long as each of them
+uses all coordinates nothing is lost: a cell then has as many origins as there were groups, and all of them must be
+there in the next round.
+
+Where rounds are not exact cycles (one round per step, as in Moshpit SGD) no mass moves: every step brings the plain
+weight of its trainers, which keeps the weighted mean of the swarm whoever is absent. Heads move all the same, so that
+such a swarm is counted too.
 """
 
 import math
@@ -25,6 +30,7 @@ from mpd.ids import ROUND_ID_BYTES
 from mpd.layout import MAX_WEIGHT
 
 MAX_MASS = MAX_WEIGHT * MAX_PEERS  # of a cell in the middle of a cycle
+MAX_PARTS = 1024  # groups of one line
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,8 @@ class Standing:
 
     `mass` and `heads` are those of the peer's whole cell. `origin` is the id of the round they come from (empty before
     the first round of a cycle, when the mass is a plain weight), `seen` its number (or -1), and `full` says that
-    nothing was lost up to there.
+    nothing was lost up to there. `parts` is how many groups the line of that round was cut into, so the cell's mass has
+    as many origins.
     """
 
     mass: float
@@ -42,6 +49,7 @@ class Standing:
     seen: int
     full: bool
     cell: Cell
+    parts: int = 1
 
     def __post_init__(self) -> None:
         limit = MAX_MASS if self.origin else MAX_WEIGHT
@@ -53,6 +61,8 @@ class Standing:
             raise ValueError(f"an origin of {len(self.origin)} bytes: 0 or {ROUND_ID_BYTES} expected")
         if self.seen < -1:
             raise ValueError(f"round {self.seen} was seen: -1 or more expected")
+        if not 1 <= self.parts <= MAX_PARTS:
+            raise ValueError(f"a line in {self.parts} parts: 1 to {MAX_PARTS} expected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +70,8 @@ class Shares:
     """What the members of round `number` weigh, by place. Every member computes the same from the same standings.
 
     `whole`: the group is all that its line should be, so the result stays certified if everybody's piece arrives. A
-    leader that leaves out a member it knows of must have it replaced by False.
+    leader that leaves out a member it knows of in the first round of a cycle must have it replaced by False. `parts` is
+    how many groups the line was cut into; this is one of them.
     """
 
     number: int
@@ -68,6 +79,7 @@ class Shares:
     weights: tuple[float, ...]
     heads: tuple[float, ...]
     whole: bool
+    parts: int = 1
 
 
 def enter(weight: float, cell: Cell) -> Standing:
@@ -81,34 +93,49 @@ def enter(weight: float, cell: Cell) -> Standing:
 
 
 def shares(standings: Sequence[Standing], number: int, shape: Shape, exact: bool) -> Shares:
-    """Return what the members of round `number` weigh; `standings` are theirs, by place.
+    """Return what the members of round `number` weigh; `standings` are those of a whole line, by place.
 
     Raises PeerError if they do not share a line: whoever put them together broke the rules.
     """
     axis = axis_of(number, shape)
     if not all(on_grid(s.cell, shape) for s in standings) or len({line_of(s.cell, axis) for s in standings}) > 1:
         raise PeerError(f"the group of round {number} is not one line along axis {axis} of the grid {shape}")
-    if axis == 0 or not exact:
-        weights = tuple(s.mass for s in standings)
-        return Shares(number, shape, weights, (1.0,) * len(standings), whole=exact or len(shape) == 1)
+    if axis == 0:
+        return Shares(number, shape, tuple(s.mass for s in standings), (1.0,) * len(standings), whole=True)
     standing = [s for s in standings if s.seen == number - 1]
     mates = Counter(s.origin for s in standing)
-    parts = [1 / mates[s.origin] if s.seen == number - 1 else 0.0 for s in standings]
+    claims = [1 / mates[s.origin] if s.seen == number - 1 else 0.0 for s in standings]
     return Shares(
         number,
         shape,
-        weights=tuple(s.mass * part for s, part in zip(standings, parts, strict=True)),
-        heads=tuple(s.heads * part for s, part in zip(standings, parts, strict=True)),
+        weights=tuple(s.mass * claim if exact else s.mass for s, claim in zip(standings, claims, strict=True)),
+        heads=tuple(s.heads * claim for s, claim in zip(standings, claims, strict=True)),
         whole=_is_whole(standing, axis, shape[axis]),
     )
 
 
 def _is_whole(standing: Sequence[Standing], axis: int, m: int) -> bool:
-    """Return True if each of the `m` cells of a line is there, with one origin that no other cell has, and is full."""
+    """Return True if each of the `m` cells of a line is there with all its origins, no other cell's, and is full."""
     cells = {s.cell[axis] for s in standing}
-    origins = {s.origin for s in standing}
     pairs = {(s.cell[axis], s.origin) for s in standing}
-    return len(cells) == len(origins) == len(pairs) == m and all(s.full for s in standing)
+    n_origins = Counter(cell for cell, _ in pairs)
+    return (
+        len(cells) == m
+        and len(pairs) == len({origin for _, origin in pairs})
+        and all(s.full and s.parts == n_origins[s.cell[axis]] for s in standing)
+    )
+
+
+def cuts(n_members: int, number: int, shape: Shape, cap: int, most: int) -> int:
+    """Return how many groups a line of `n_members` is cut into: 1, unless they would be more than `cap`.
+
+    Each group must have a member for every coordinate, and in the last round of a cycle, after which nothing makes up
+    for it, a cut costs the exactness: there, only what no group can hold (`most` members) is cut.
+    """
+    axis = axis_of(number, shape)
+    is_last = axis == len(shape) - 1
+    wanted = 1 if is_last else min(math.ceil(n_members / cap), n_members // shape[axis])
+    return min(max(1, wanted, math.ceil(n_members / most)), MAX_PARTS)
 
 
 def after(me: Standing, place: int, shares: Shares, contributors: int, round_id: bytes, record_n: int) -> Standing:
@@ -129,20 +156,23 @@ def after(me: Standing, place: int, shares: Shares, contributors: int, round_id:
         seen=number,
         full=shares.whole and len(counted) == len(shares.weights) and len(cells) == shape[axis],
         cell=next_cell(me.cell, number, place, record_n, shape),
+        parts=shares.parts,
     )
 
 
 def certificate(shares: Shares, contributors: int) -> tuple[bool, int]:
     """Return (exact, heads) for a round that ended with these contributors.
 
-    `exact`: the result is the exact weighted mean of all peers that took part in the first round of the cycle; only its
-    last round can say so. `heads` is the number of those peers; where `exact` is False it is an estimate.
+    `exact`: nothing was lost in the whole cycle, of which only the last round can say so. Then `heads` is the number of
+    all peers that took part in its first round, and if mass has moved with them, the result is their exact weighted
+    mean. Where it is False, `heads` is an estimate.
     """
     axis = axis_of(shares.number, shares.shape)
     counted = _counted(shares, contributors)
     n_lines = math.prod(line_of(shares.shape, axis))
-    exact = shares.whole and len(counted) == len(shares.weights) and axis == len(shares.shape) - 1
-    return exact, round(math.fsum(shares.heads[i] for i in counted) * n_lines)
+    is_last = axis == len(shares.shape) - 1 and shares.parts == 1
+    exact = shares.whole and len(counted) == len(shares.weights) and is_last
+    return exact, round(math.fsum(shares.heads[i] for i in counted) * n_lines * shares.parts)
 
 
 def _counted(shares: Shares, contributors: int) -> list[int]:

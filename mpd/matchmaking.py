@@ -10,6 +10,9 @@ This is the leader election of hivemind (Ryabinin et al., NeurIPS 2021) without 
 who was announced is in it, and a dead end is left at the first refusal. An invitation goes out from whoever has nobody
 smaller to ask; all others just ask, so a group of n costs some 4 n messages: Here, Join, Joined, Begin.
 
+A slot comes round again every d rounds, so two halves of a line that count their rounds apart still meet in it: whoever
+is behind takes over the larger number with Begin. What it brings from an unfinished cycle weighs nothing then.
+
 What to do next is one pure function, `decide`, and what may follow upon what is one table, `MOVES` (both mpd/roll.py).
 The machine here brings the events to them and turns what they say into messages.
 """
@@ -41,14 +44,16 @@ from mpd.roll import (
 __all__ = ["Alone", "Begun", "Compose", "MatchLimits", "Matchmaker", "Message", "Send", "Sighting", "State"]
 
 Message = Here | Join | Joined | Declined | Disbanded | Quit | Begin
-Compose = Callable[[tuple[tuple[PeerId, Join], ...], dict[PeerId, str]], Begin]
+Compose = Callable[[tuple[tuple[PeerId, Join], ...], dict[PeerId, str]], tuple[Begin, ...]]
 
 MAX_DETAIL_CHARS = 200
+MAX_LEAP = 1 << 20  # rounds by which the numbers of two members may differ
 
 # What became of a peer that does not take us in.
 DECLINED = {
     "other_terms": "declined, because it uses other terms for this run",
     "other_epoch": "declined, because it goes by another shape of the run's grid",
+    "older_record": "declined, because it goes by a newer shape of the run's grid",
     "other_number": "declined, because it stands at another round",
     "full": "declined, because its group is full",
     "busy": "declined, because it is done with this round",
@@ -82,8 +87,10 @@ class Alone:
 class Matchmaker:
     """One peer in one slot, from its announcement until the group begins or it stays alone.
 
-    `compose` turns the members (we first) and the left out into a `Begin`; it may leave out more, and raises
-    RoundFailed where a round makes no sense. `line_size` is how many peers the grid expects here, 0 if nobody knows.
+    `compose` turns the members (we first) and the left out into a `Begin`, or into several that share the members, ours
+    first; it may leave out more, and raises RoundFailed where a round makes no sense. `epoch` is that of our shape, and
+    `n_phases` how many rounds a cycle has. `line_size` is how many peers the grid expects here, 0 if nobody knows, and
+    `line_low` how many at least.
     After each event take the actions, and call `on_tick` at `wakeup`. Times are seconds on any monotonic clock.
     """
 
@@ -96,6 +103,9 @@ class Matchmaker:
         compose: Compose,
         limits: MatchLimits,
         line_size: int = 0,
+        line_low: int | None = None,
+        epoch: int = 0,
+        n_phases: int = 1,
     ) -> None:
         self.state = State.EXPECTED
         self.leader: PeerId | None = None
@@ -103,7 +113,9 @@ class Matchmaker:
         self.reason = "announced; the trainer has not asked yet"
         self.wakeup: float | None = None
         self._me, self._slot, self._run, self._number = me, slot, run, number
-        self._compose, self._limits, self._line_size = compose, limits, line_size
+        self._compose, self._limits, self._line_size, self._epoch = compose, limits, line_size, epoch
+        self._line_low = line_size if line_low is None else line_low
+        self._n_phases = n_phases
         self._register = Register()
         self._ticket: Join | None = None
         self._ready_s = self._asked_s = -math.inf
@@ -131,18 +143,22 @@ class Matchmaker:
             self._lose(now, peer, reason)
             self._settle(now)
 
-    def on_ready(self, now: float, ticket: Join, window_s: float | None = None) -> None:
+    def on_ready(
+        self, now: float, ticket: Join, limits: MatchLimits | None = None, line: tuple[int, int] | None = None
+    ) -> None:
         """Our trainer asked. `ticket` is what we bring to a leader; its `time_left_s` counts from now.
 
-        `window_s` replaces that of the limits, as it may have been learnt only after this machine was made.
+        `limits`, and `line` (`line_low` and `line_size`), replace what was known when this machine was made.
         """
         self._move(Move.READY)
         self._ticket = ticket
         self._ready_s = now
         self._time_ends_s = now + ticket.time_left_s
         # At least half of a short step is left for the exchange.
-        if window_s is not None:
-            self._limits = replace(self._limits, window_s=window_s)
+        if limits is not None:
+            self._limits = limits
+        if line is not None:
+            self._line_low, self._line_size = line
         self._window_ends_s = now + min(self._limits.window_s, ticket.time_left_s / 2)
         self._alone_ends_s = now + min(self._limits.alone_s, ticket.time_left_s / 2)
         self._settle(now)
@@ -203,7 +219,7 @@ class Matchmaker:
     # -------------------------------------------------------------------------------------------------- what peers say
 
     def _on_here(self, now: float, sender: PeerId, here: Here) -> None:
-        if here.number != self._number:
+        if not self.may_meet(here.number):
             self._refuse(now, sender, "other_number", self._number_differs(here.number))
             return
         peer = self._register.meet(now, sender, in_person=True, revive=True)
@@ -238,13 +254,18 @@ class Matchmaker:
                 self._send(sender, Joined(self._slot, join.stamp))
 
     def _objection(self, join: Join) -> tuple[str, str] | None:
-        if join.number != self._number:
+        if not self.may_meet(join.number):
             return "other_number", self._number_differs(join.number)
         if self._ticket is not None and join.digest != self._ticket.digest:
             return "other_terms", "the terms of the run differ"
         if self._ticket is not None and join.epoch != self._ticket.epoch:
-            return "other_epoch", f"the shape of the run's grid is number {self._ticket.epoch} here, {join.epoch} there"
+            why = "older_record" if join.epoch < self._ticket.epoch else "other_epoch"
+            return why, f"the shape of the run's grid is number {self._ticket.epoch} here, {join.epoch} there"
         return None
+
+    def may_meet(self, number: int) -> bool:
+        """Return whether whoever is at round `number` can be in one with us. No lie leads anybody far."""
+        return abs(number - self._number) <= MAX_LEAP and (number - self._number) % self._n_phases == 0
 
     def _number_differs(self, theirs: int) -> str:
         return f"the next round is {self._number} here, {theirs} there"
@@ -252,7 +273,7 @@ class Matchmaker:
     def _refuse(self, now: float, sender: PeerId, why: str, detail: str) -> None:
         self._register.meet(now, sender, in_person=True, revive=True)
         self._lose(now, sender, detail)
-        self._send(sender, Declined(self._slot, why, detail=detail))
+        self._send(sender, Declined(self._slot, why, detail, epoch=self._epoch if why == "older_record" else 0))
 
     def _turn_away(self, sender: PeerId, peer: Known, leader: PeerId) -> None:
         peer.invited, peer.pointed_to = False, leader
@@ -290,9 +311,11 @@ class Matchmaker:
 
     def _on_begin(self, now: float, sender: PeerId, begin: Begin) -> None:
         members = {member.peer: member for member in begin.members}
-        if sender not in members:
+        # Whoever cuts a line into groups begins all of them, also those in which it is not.
+        is_part = sender == self.leader and begin.parts > 1
+        if sender not in members and not is_part:
             raise PeerError("a Begin came from a peer that is not in it")
-        if self._ticket is None or self.leader is None or self.leader not in members:
+        if self._ticket is None or self.leader is None or (self.leader not in members and not is_part):
             return  # of a group that we left before it began
         if self._me in members and members[self._me].stamp != self._ticket.stamp:
             return  # it answers an earlier Join of ours, with values and a weight that are not those of this step
@@ -300,7 +323,8 @@ class Matchmaker:
             if sender == self.leader:
                 self._lose(now, sender, "began without us")
             return
-        if (begin.number, begin.digest, begin.epoch) != (self._number, self._ticket.digest, self._ticket.epoch):
+        is_ours = (begin.digest, begin.epoch) == (self._ticket.digest, self._ticket.epoch)
+        if not is_ours or begin.number < self._number or not self.may_meet(begin.number):
             raise PeerError("a Begin has another number, other terms or another shape than the Join it answers")
         self._finish(Move.BEGIN, Begun(begin, leader=False), members)
         self.reason = f"{name(self.leader)} began with {len(members)} members"
@@ -371,15 +395,15 @@ class Matchmaker:
             members.append((peer, replace(ticket, time_left_s=left_s)))
         left_out = self._register.missing(until="when the window ended")
         try:
-            begin = self._compose(tuple(members), left_out)
+            begins = self._compose(tuple(members), left_out)
         except RoundFailed as failure:
             self._stay_alone(str(failure))
             return
-        group = {PeerId(member.peer) for member in begin.members}
+        of_peer = {PeerId(member.peer): begin for begin in begins for member in begin.members}
         for peer in self._register.followers:
-            if peer in group:
-                self._send(peer, begin)
-        self._finish(Move.BEGIN, Begun(begin, leader=True), group)
+            if peer in of_peer:
+                self._send(peer, of_peer[peer])
+        self._finish(Move.BEGIN, Begun(of_peer[self._me], leader=True), of_peer)
 
     def _stay_alone(self, reason: str) -> None:
         self.reason = reason
@@ -402,7 +426,8 @@ class Matchmaker:
             is_news = not known.knows_us or (may_lead and not known.invited)
             if is_news and not known.gone and known.ticket is None:
                 known.knows_us, known.invited = True, stamp is not None
-                self._send(peer, Here(self._run, self._slot, self._number, stamp is not None, stamp or 0))
+                here = Here(self._run, self._slot, self._number, stamp is not None, stamp or 0, self._epoch)
+                self._send(peer, here)
 
     # ----------------------------------------------------------------------------------------------------- the details
 
@@ -413,6 +438,7 @@ class Matchmaker:
             awaited=self._register.awaited,
             lost=self._register.lost,
             line_size=self._line_size,
+            line_low=self._line_low,
             to_ask=self._register.to_ask(self._rank()),
             leader=self.leader,
             accepted=following is not None,

@@ -14,13 +14,14 @@ from mpd.grid import MAX_PEERS
 from mpd.ids import PEER_ID_BYTES, ROUND_ID_BYTES, Endpoint
 from mpd.layout import TensorSpec
 from mpd.manifest import MAX_NUMBER
-from mpd.mass import MAX_MASS, Standing
+from mpd.mass import MAX_MASS, MAX_PARTS, Standing
 from mpd.schedule import BORDER_BYTES
 from mpd.state_messages import NoState, StateAsk, StateGone, StateHashes, StateList, StateOffer, StateWant
 from mpd.vocabulary import Vocabulary
 
 PEER_VERSION = 2
 MAX_MEMBERS = 64
+MAX_COLLECTED = 4 * MAX_MEMBERS  # members of a line that one leader takes in, to cut it into groups
 MAX_ROUND_S = 3600.0
 MAX_SUITES = 8
 MAX_NEWS_BYTES = 512 * 1024
@@ -207,15 +208,20 @@ class UnknownRound:
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """I stand in this slot: expected (`ready` false) or ready with the stamp that I published."""
+    """I stand in this slot: expected (`ready` false) or ready with the stamp that I published.
+
+    `epoch` is that of the shape record that I go by (0: not told).
+    """
 
     run: str
     slot: bytes
     number: int
     ready: bool
     stamp: int
+    epoch: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.epoch >= 0, "an epoch is not negative")
         _require(len(self.slot) == 20, "a slot has 20 bytes")
         _require(0 <= self.number < 1 << 62 and 0 <= self.stamp < 1 << 62, "numbers and stamps are not negative")
 
@@ -226,7 +232,8 @@ class Join:
 
     `standing` is what I bring (weight, mass, cell), `bandwidth` how fast I receive from a whole group, in bytes per
     second (0: nothing was measured; whether I can reduce is `inbound`), `time_left_s` how long my step may still take,
-    `age` how many rounds lie behind the vector that I had last.
+    `age` how many rounds lie behind the vector that I had last. `newest` is the epoch of a shape record that is to
+    replace mine after this cycle (0: I know of none).
     """
 
     run: str
@@ -242,8 +249,10 @@ class Join:
     bandwidth: float
     time_left_s: float
     age: int = 0
+    newest: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.epoch >= 0 and self.newest >= 0, "an epoch is not negative")
         _require(len(self.slot) == 20 and len(self.digest) == 32, "a slot has 20 bytes and a digest 32")
         _require(0 <= self.number < 1 << 62 and 0 <= self.stamp < 1 << 62, "numbers and stamps are not negative")
         _require(0 <= self.bandwidth < math.inf, "a bandwidth is finite and not negative")
@@ -262,19 +271,24 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """You are not in. `why` is one of DECLINES; with "not_leading", `leader` says whom to ask (empty: nobody)."""
+    """You are not in. `why` is one of DECLINES.
+
+    With "not_leading", `leader` says whom to ask (empty: nobody); with "older_record", `epoch` is that of the newer.
+    """
 
     slot: bytes
     why: str
     detail: str = ""
     leader: bytes = b""
+    epoch: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.epoch >= 0, "an epoch is not negative")
         _require(self.why in DECLINES, f"why is one of {', '.join(DECLINES)}")
         _require(len(self.leader) in (0, PEER_ID_BYTES), "a peer id has 20 bytes")
 
 
-DECLINES = ("not_ready", "not_leading", "other_terms", "other_epoch", "other_number", "full", "busy")
+DECLINES = ("not_ready", "not_leading", "other_terms", "other_epoch", "older_record", "other_number", "full", "busy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +342,8 @@ class Begin:
     The place of a member in `members` is its index in masks, in the schedule and in the key rule. `whole` is the part
     of the certificate that is known before the exchange. `left_out` names announced peers that are not in the group.
     `timeout_s` is the longest that a member's step may still take; each member also keeps its own deadline. `age` is
-    the number of rounds behind the result: one more than behind the vector of any member.
+    the number of rounds behind the result: one more than behind the vector of any member. `parts` is how many groups
+    the line was cut into, of which this is one; `newest` the largest one of its members' tickets.
     """
 
     round_id: bytes
@@ -344,6 +359,8 @@ class Begin:
     progress_s: float
     left_out: dict[bytes, str]
     age: int = 0
+    parts: int = 1
+    newest: int = 0
 
     def __post_init__(self) -> None:
         _require(len(self.round_id) == ROUND_ID_BYTES, "a round id has 16 bytes")
@@ -356,7 +373,8 @@ class Begin:
         _require(4096 <= self.chunk_bytes <= 4 << 20, "a chunk has 4 KiB to 4 MiB")
         _require(self.chunk_bytes % BORDER_BYTES == 0, f"a chunk has a multiple of {BORDER_BYTES} bytes")
         _require(0 < self.timeout_s <= MAX_ROUND_S and 0 < self.progress_s <= MAX_ROUND_S, "durations are positive")
-        _require(0 <= self.number < 1 << 62 and self.epoch >= 0, "numbers are not negative")
+        _require(0 <= self.number < 1 << 62 and self.epoch >= 0 and self.newest >= 0, "numbers are not negative")
+        _require(1 <= self.parts <= MAX_PARTS, f"a line is cut into 1 to {MAX_PARTS} groups")
         _require(len(self.left_out) <= 1024, "too many left out")
         _require(0 <= self.age <= MAX_NUMBER, "an age is not negative")
 

@@ -16,7 +16,8 @@ from mpd.vocabulary import Vocabulary
 class Place:
     """A peer takes part in a run with terms `digest`, stands at `cell` for round `number`, and can be dialled there.
 
-    In the roster of a run that has no shape yet, `cell` is empty. `port` 0: the peer accepts no connections.
+    In the roster of a run `cell` is empty, and `epoch` is that of the shape record in which the peer has finished a
+    cycle (0: in none). `port` 0: the peer accepts no connections.
     """
 
     host: str
@@ -24,12 +25,15 @@ class Place:
     digest: bytes
     number: int = 0
     cell: Cell = ()
+    epoch: int = 0
 
     def __post_init__(self) -> None:
         if self.port:
             Endpoint(self.host, self.port)
         if len(self.digest) != 32 or not 0 <= self.number < 1 << 62:
             raise ValueError("a digest has 32 bytes and a number is not negative")
+        if not 0 <= self.epoch < 2**63:
+            raise ValueError("an epoch is not negative")
 
 
 RECORDS = Vocabulary(PeerError, Place, ShapeRecord)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from mpd.ids import PeerId, show_peer
-from mpd.messages import MAX_MEMBERS, Join
+from mpd.messages import MAX_COLLECTED, Join
 
 MAX_HEARSAY = 512  # peers remembered though they have not spoken to us; a hostile DHT could name any number
 
@@ -30,12 +30,14 @@ class MatchLimits:
     """How long to wait for what.
 
     `window_s`: for announced peers that are not ready, by a leader that has company. `alone_s`: for any company at all.
-    `settle_s`: after the last newcomer, where more peers are expected than are known. `answer_s`: for the answer to a
+    `settle_s`: after the last newcomer, where more peers are expected than are known, and `quick_s`, where there may be
+    one more or none. `answer_s`: for the answer to a
     `Join`. `leader_s`: for a leader that took us in; its window may be longer than ours.
     """
 
     window_s: float = 5.0
     settle_s: float = 1.0
+    quick_s: float = 0.3
     answer_s: float = 1.0
     alone_s: float = 5.0
     leader_s: float = 5.0
@@ -234,15 +236,17 @@ class Roll:
     """A register at one moment, as a ready peer sees it. Times are absolute, in seconds.
 
     `members` counts those who joined, ourselves included; `awaited` are the live peers that have not, `lost` those that
-    will not. `line_size` is how many peers the grid expects (0: unknown). `to_ask` is the smallest peer that may be
-    asked. `leader` is whom we asked at `asked_s`, `accepted` says that it agreed, and `to_point` that others wait for
-    our `Join` meanwhile. `news_s` is when the last newcomer was sighted or we became ready.
+    will not. `line_size` is how many peers the grid expects (0: unknown), and `line_low` how many at least. `to_ask` is
+    the smallest peer that may be asked. `leader` is whom we asked at `asked_s`, `accepted` says that it agreed, and
+    `to_point` that others wait for our `Join` meanwhile. `news_s` is when the last newcomer was sighted or we became
+    ready.
     """
 
     members: int
     awaited: tuple[PeerId, ...]
     lost: tuple[PeerId, ...]
     line_size: int
+    line_low: int
     to_ask: PeerId | None
     leader: PeerId | None
     accepted: bool
@@ -297,14 +301,18 @@ def _begins_by(roll: Roll, limits: MatchLimits) -> float:
 
 def _decide_as_leader(now: float, roll: Roll, limits: MatchLimits) -> tuple[Verdict, str]:
     left_out = f"; left out: {_left_out(roll)}" if roll.awaited or roll.lost else ""
-    if roll.members == MAX_MEMBERS:
-        return Verdict.BEGIN, f"full: no group has more than {MAX_MEMBERS} members{left_out}"
-    is_settled = roll.members >= roll.line_size or now >= roll.news_s + limits.settle_s
+    if roll.members == MAX_COLLECTED:
+        return Verdict.BEGIN, f"full: no leader takes in more than {MAX_COLLECTED} members{left_out}"
+    is_settled = roll.members >= roll.line_size or now >= roll.news_s + _settle_s(roll, limits)
     if not roll.awaited and is_settled:
         return Verdict.BEGIN, f"full: {roll.members} of {roll.announced} announced peers are ready{left_out}"
     if now >= roll.window_ends_s:
         return Verdict.BEGIN, f"window ended with {roll.members} members{left_out}"
     return Verdict.WAIT, _waiting_for(roll)
+
+
+def _settle_s(roll: Roll, limits: MatchLimits) -> float:
+    return limits.quick_s if roll.members >= roll.line_low else limits.settle_s
 
 
 def _waiting_for(roll: Roll) -> str:
@@ -321,7 +329,7 @@ def next_change(now: float, roll: Roll, limits: MatchLimits) -> float:
     if roll.leader:
         due = roll.asked_s + limits.answer_s, _begins_by(roll, limits)
     else:
-        due = roll.window_ends_s, roll.alone_ends_s, roll.news_s + limits.settle_s
+        due = roll.window_ends_s, roll.alone_ends_s, roll.news_s + _settle_s(roll, limits)
     return min((at for at in (*due, roll.time_ends_s) if at > now), default=math.inf)
 
 

@@ -167,7 +167,7 @@ def _fitted(cell: Text, width: int, is_right: bool) -> Text:
 
 def _about_run(run: dict[str, Any]) -> Lines:
     """Return what there is to say about a run: what it does, who is not there, and what went wrong last."""
-    lines = [(Text("now"), _plain(run["state"]))]
+    lines = [(Text("now"), _plain(run["state"])), (Text("shape"), _about_shape(run["elastic"]))]
     lines += [
         (Text("terms"), _plain(f"{_short(peer)} uses other terms: {why}", "yellow"))
         for peer, why in run["other_terms"].items()
@@ -179,6 +179,16 @@ def _about_run(run: dict[str, Any]) -> Lines:
         lines.append((Text("last not perfect"), Text(f"{_clock(last['at'])}, {result}")))
         lines += [(Text.assemble("  ", label), sentence) for label, sentence in _causes(last)]
     return lines
+
+
+def _about_shape(elastic: dict[str, Any]) -> Text:
+    """Return which shape a run has, and what its cycles say about it."""
+    if not elastic["epoch"]:
+        return _plain(elastic["says"])
+    made_for = f"number {elastic['epoch']}, made for {elastic['n_peers']} peers"
+    if elastic["next"] is not None:
+        return _plain(f"{made_for}; {'x'.join(map(str, elastic['next']))} comes next", "yellow")
+    return _plain(f"{made_for}; {elastic['says']}")
 
 
 def _causes(entry: dict[str, Any]) -> Lines:

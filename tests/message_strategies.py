@@ -72,6 +72,8 @@ BOUNDED: dict[str, st.SearchStrategy[Any]] = {
     # Standing
     "mass": st.floats(0, MAX_WEIGHT),  # more only behind an origin
     "heads": st.floats(0, 2**20),
+    "parts": st.integers(1, 64),
+    "newest": COUNTS,
     "origin": st.sampled_from([b"", b"o" * 16]),
     "seen": st.integers(-1, 2**62),
     # TensorSpec

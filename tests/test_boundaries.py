@@ -28,6 +28,7 @@ LINE = (
     "admission",
     "config",
     "grid",
+    "elastic",
     "layout",
     "manifest",
     "mass",

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from mpd.grid import Cell, Line, Shape, axis_of, emptiest, line_of, next_cell, rank_cell, sample_cells, seating
-from mpd.mass import Standing, after, certificate, enter, shares
+from mpd.mass import Shares, Standing, after, certificate, cuts, enter, shares
+from mpd.messages import MAX_MEMBERS
 
 EVERYBODY = -1  # as a bit mask of contributors
 AGREED = 1e-9  # the variance below which a swarm is said to agree
@@ -85,10 +86,25 @@ class CycleResult:
 
 
 class Swarm:
-    """Peers in the given first cells, in a run whose steps are exact cycles. `weighs`: with unequal weights."""
+    """Peers in the given first cells, in a run whose steps are exact cycles. `weighs`: with unequal weights.
 
-    def __init__(self, rng: random.Random, shape: Shape, cells: Sequence[Cell], *, weighs: bool = False) -> None:
+    Lines of more than `cap` are cut; `last_too`: also in the last round of a cycle, which is the wrong thing to do.
+    """
+
+    def __init__(
+        self,
+        rng: random.Random,
+        shape: Shape,
+        cells: Sequence[Cell],
+        *,
+        weighs: bool = False,
+        cap: int = 1 << 20,
+        last_too: bool = False,
+    ) -> None:
         self.rng = rng
+        self.cap = cap
+        self.last_too = last_too
+        self.largest = 0  # group of the last cycle
         self.shape = shape
         self.record_n = len(cells)
         self.weighs = weighs
@@ -104,6 +120,7 @@ class Swarm:
         for peer in self.peers:
             peer.value = self.rng.gauss(0, 1)
         starters: list[Peer] = []
+        self.largest = 0
         for axis in range(len(self.shape)):
             now = faults[min(axis, len(faults) - 1)] if faults else Faults()
             members = [peer for peer in self.peers if self.rng.random() >= now.absent]
@@ -127,15 +144,31 @@ class Swarm:
                 self.average(line[:half], faults, is_known_split=axis == 0)
                 self.average(line[half:], faults, is_known_split=axis == 0)
             else:
-                self.average(line, faults)
+                n_groups = cuts(
+                    len(line), self.number, self.shape, self.cap, MAX_MEMBERS if self.cap < 1 << 20 else 1 << 20
+                )
+                if self.last_too and axis == len(self.shape) - 1:
+                    n_groups = max(1, min(len(line) // self.shape[axis], math.ceil(len(line) / self.cap)))
+                self.average(line, faults, n_groups=n_groups)
         self.number += 1
 
-    def average(self, group: Iterable[Peer], faults: Faults, *, is_known_split: bool = False) -> None:
-        by_name = {peer.name: peer for peer in group}
-        round_id = self.rng.randbytes(16)
-        seats = [by_name[name] for name in seating(by_name, round_id)]
+    def average(self, line: Iterable[Peer], faults: Faults, *, is_known_split: bool = False, n_groups: int = 1) -> None:
+        by_name = {peer.name: peer for peer in line}
+        seats = [by_name[name] for name in seating(by_name, self.rng.randbytes(16))]
         weighed = shares([peer.standing for peer in seats], self.number, self.shape, exact=True)
-        weighed = replace(weighed, whole=weighed.whole and not is_known_split)
+        weighed = replace(weighed, whole=weighed.whole and not is_known_split, parts=n_groups)
+        for first in range(n_groups):
+            places = range(first, len(seats), n_groups)
+            part = replace(
+                weighed,
+                weights=tuple(weighed.weights[place] for place in places),
+                heads=tuple(weighed.heads[place] for place in places),
+            )
+            self.exchange([seats[place] for place in places], part, faults)
+
+    def exchange(self, seats: Sequence[Peer], weighed: Shares, faults: Faults) -> None:
+        round_id = self.rng.randbytes(16)
+        self.largest = max(self.largest, len(seats))
         contributors = EVERYBODY
         if self.rng.random() < faults.piece_lost:
             contributors = ~(1 << self.rng.randrange(len(seats)))

@@ -298,7 +298,7 @@ RECORD = ShapeRecord(epoch=1, n_peers=9, shape=(2, 2), digest=bytes(32))
         {"shape": (1,) * 21},
         {"digest": bytes(31)},
         {"digest": b""},
-        {"roster": bytes(4)},
+        {"roster": bytes(3)},
         {"roster": bytes(37)},
         {"roster": b"\1" + bytes(35)},
         {"n_peers": MAX_ROSTER + 1, "roster": bytes(4 * (MAX_ROSTER + 1))},
@@ -317,6 +317,26 @@ def test_rank_is_the_place_in_the_roster():
     assert [record.rank_of(peer) for peer in peers] == list(range(9))
     assert record.rank_of(bytes(20)) is None
     assert RECORD.rank_of(peers[0]) is None
+    assert [record.first_cell(peer) for peer in peers] == rank_cells(9, record.shape)
+    assert record.first_cell(bytes(20)) is None
+
+
+@pytest.mark.parametrize("n_known", [5, 9, 12, 20])
+def test_a_roster_of_more_or_fewer_peers_than_the_grid_is_for_is_spread_over_it(n_known):
+    peers = [bytes([i]) * 20 for i in range(n_known)]
+    record = replace(RECORD, roster=roster_of(peers))
+    cells = [record.first_cell(peer) for peer in peers]
+    for axis, m in enumerate(record.shape):
+        sizes = line_sizes(cells, axis)
+        assert len(sizes) == math.prod(record.shape) // m
+        assert max(sizes.values()) - min(sizes.values()) <= 1
+
+
+def test_a_roster_makes_no_other_grid():
+    roster = roster_of([bytes([i]) * 20 for i in range(5)])
+    assert replace(RECORD, roster=roster).is_same_grid(RECORD)
+    assert not replace(RECORD, epoch=2).is_same_grid(RECORD)
+    assert not replace(RECORD, n_peers=8).is_same_grid(RECORD)
 
 
 def test_peers_with_one_prefix_have_no_rank():

@@ -9,7 +9,7 @@ from sim.slot_sim import DIGEST, NUMBER, SLOT, peer, ticket
 
 from mpd.errors import PeerError, RoundFailed
 from mpd.grid import seating
-from mpd.grouping import MAX_LEFT_OUT, compose_begin
+from mpd.grouping import MAX_LEFT_OUT, compose_begins
 from mpd.ids import PeerId
 from mpd.layout import MAX_WEIGHT
 from mpd.manifest import MAX_NUMBER
@@ -20,12 +20,82 @@ Tickets = dict[PeerId, Join]
 
 
 def tickets(*joins: Join) -> Tickets:
-    return {peer(i): join for i, join in enumerate(joins)}
+    return {who(i): join for i, join in enumerate(joins)}
+
+
+def who(i: int) -> PeerId:
+    """Return one of more peers than `peer` has names for."""
+    return peer(i) if i < 32 else PeerId(bytes([i]) * 20)
 
 
 def compose(joined: Tickets, left_out: dict[PeerId, str] | None = None, seed: int = 1, **options: Any) -> Begin:
     plan: dict[str, Any] = {"shape": (1,), "exact": True, "progress_s": 2.0, "payload_bytes": 64 << 20} | options
-    return compose_begin(tuple(joined.items()), left_out or {}, rng=random.Random(seed), **plan)
+    (begin,) = compose_begins(tuple(joined.items()), left_out or {}, rng=random.Random(seed), **plan)
+    return begin
+
+
+def cut(joined: Tickets, **options: Any) -> tuple[Begin, ...]:
+    """Return the groups of a line that has swollen to more than groups of 4 bear."""
+    plan: dict[str, Any] = {"shape": (2, 2), "exact": True, "progress_s": 2.0, "payload_bytes": 64 << 20} | options
+    return compose_begins(tuple(joined.items()), {}, rng=random.Random(1), group_size=4, **plan)
+
+
+def line(n: int, **changes: Any) -> Tickets:
+    return tickets(*(ticket(i, standing=enter(1.0 + i, (i % 2, 0)), **changes) for i in range(n)))
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(7, [7]), (8, [4, 4]), (16, [5, 5, 6]), (65, [5] * 1 + [6] * 10)])
+def test_a_line_that_has_swollen_is_cut_into_groups(n: int, sizes: list[int]) -> None:
+    begins = cut(line(n, number=0))
+    assert sorted(len(begin.members) for begin in begins) == sorted(sizes)
+    assert len({begin.round_id for begin in begins}) == len(begins)
+    weights = {m.peer: m.weight for begin in begins for m in begin.members}
+    assert weights == {who(i): 1.0 + i for i in range(n)}
+    assert peer(0) in {m.peer for m in begins[0].members}  # the leader's own comes first
+    for begin in begins:
+        assert begin.whole
+        assert begin.parts == len(begins)
+        assert tuple(m.peer for m in begin.members) == seating([m.peer for m in begin.members], begin.round_id)
+        assert PEERS.decode(PEERS.encode(begin)) == begin
+
+
+def test_in_the_last_round_only_what_no_group_holds_is_cut() -> None:
+    claims = [Standing(6.0, 2.0, bytes([i % 2]) * 16, 0, True, (0, i % 2)) for i in range(70)]
+    joined = tickets(*(ticket(i, number=1, standing=claim) for i, claim in enumerate(claims)))
+    assert [begin.parts for begin in cut(dict(list(joined.items())[:64]))] == [1]
+    assert sorted(len(begin.members) for begin in cut(joined)) == [35, 35]
+
+
+def test_a_claim_of_mates_in_two_groups_is_counted_once() -> None:
+    claims = [Standing(6.0, 2.0, bytes([i % 2]) * 16, 0, True, (0, i % 2, 0)) for i in range(16)]
+    joined = tickets(*(ticket(i, number=1, standing=claim) for i, claim in enumerate(claims)))
+    begins = cut(joined, shape=(2, 2, 2))
+    assert len(begins) == 3
+    assert sum(m.weight for begin in begins for m in begin.members) == pytest.approx(12.0)
+    assert all(begin.whole for begin in begins)
+
+
+def test_the_largest_number_counts_and_another_phase_does_not() -> None:
+    numbers = [4, 8, 7, 2]
+    joined = tickets(*(ticket(i, number=n, standing=enter(1.0, (i, 0))) for i, n in enumerate(numbers)))
+    begin = compose(joined, shape=(4, 2), exact=True)
+    assert begin.number == 8
+    assert begin.left_out == {peer(2): "stands at round 7, in another phase"}
+
+
+def test_a_line_in_which_too_few_can_reduce_is_not_cut() -> None:
+    def behind_a_wall(n: int) -> Tickets:
+        joined = line(n, number=0)
+        return {p: replace(join, inbound=p == peer(3), port=4747 * (p == peer(3))) for p, join in joined.items()}
+
+    assert [len(begin.members) for begin in cut(behind_a_wall(16))] == [16]
+    with pytest.raises(RoundFailed, match="65 members are more than one group holds"):
+        cut(behind_a_wall(65))
+
+
+def test_everybody_hears_of_a_record_that_one_of_them_knows() -> None:
+    assert compose(tickets(ticket(0), ticket(1, newest=7), ticket(2))).newest == 7
+    assert {begin.newest for begin in cut(line(16, number=0, newest=3))} == {3}
 
 
 def test_a_begin_says_what_the_tickets_said() -> None:
@@ -52,6 +122,14 @@ def test_whoever_is_left_out_costs_the_certificate() -> None:
     begin = compose(joined, {peer(9): "its link broke"})
     assert not begin.whole
     assert begin.left_out == {peer(9): "its link broke"}
+
+
+def test_in_a_later_round_whoever_is_left_out_has_a_mate_or_is_missed() -> None:
+    claims = [Standing(6.0, 2.0, bytes([i]) * 16, 0, True, (0, i)) for i in range(2)]
+    joined = tickets(*(ticket(i, number=1, standing=claim) for i, claim in enumerate(claims)))
+    assert compose(joined, {peer(9): "its link broke"}, shape=(2, 2)).whole
+    twice = ticket(2, number=1, standing=replace(claims[0], cell=(0, 1)))
+    assert not compose({**joined, peer(2): twice}, shape=(2, 2)).whole
 
 
 def fractions_of(bandwidths: list[float], **options: Any) -> list[float]:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from mpd.errors import PeerError
 from mpd.grid import MAX_PEERS, fit
 from mpd.layout import MAX_WEIGHT
-from mpd.mass import MAX_MASS, Standing, after, certificate, enter, shares
+from mpd.mass import MAX_MASS, MAX_PARTS, Standing, after, certificate, cuts, enter, shares
 
 ROUND = b"r" * 16
 ORIGINS = [bytes([i]) * 16 for i in range(4)]
@@ -88,7 +88,15 @@ def test_single_rounds_weigh_as_the_trainers_say_on_every_axis():
 
     assert weighed.weights == (2.0, 5.0)
     assert not weighed.whole
-    assert certificate(weighed, EVERYBODY) == (False, 4)  # two lines of two, as far as this one can see
+    assert certificate(weighed, EVERYBODY) == (False, 3)  # the first one has not been counted in this cycle
+
+
+def test_single_rounds_count_heads_all_the_same():
+    weighed = shares(LINE, 1, (2, 2), exact=False)
+
+    assert weighed.weights == (6.0, 6.0, 4.0)
+    assert weighed.heads == (0.75, 0.75, 1.5)
+    assert certificate(weighed, EVERYBODY) == (True, 6)
 
 
 @pytest.mark.parametrize("cells", [[(0, 0), (1, 1)], [(0, 0), (0, 2)], [(0,)], [(0, -1)]])
@@ -174,6 +182,8 @@ def test_on_one_axis_a_round_is_a_cycle(exact, shape, cells):
         {"origin": b"short"},
         {"origin": b"l" * 17},
         {"seen": -2},
+        {"parts": 0},
+        {"parts": MAX_PARTS + 1},
     ],
 )
 def test_standing_refuses_nonsense(change):
@@ -276,6 +286,64 @@ def test_a_split_line_loses_nothing_before_the_last_round():
         result = swarm.cycle(Faults(split=1.0), Faults())
         assert result.is_exact
         assert not any(exact for _, (exact, _) in result.ends)  # nobody could know
+
+
+@pytest.mark.parametrize(("n_peers", "shape"), [(40, (2, 2)), (64, (2, 2, 2)), (150, (3, 3)), (500, (3, 4, 4))])
+def test_a_line_that_is_cut_by_its_leader_is_exact_and_certified(n_peers, shape):
+    rng = random.Random(20)
+    swarm = Swarm(rng, shape, rank_cells(n_peers, shape), weighs=True, cap=8)
+    for _ in range(5):
+        result = swarm.cycle(Faults(absent=0.05), Faults())
+        assert result.is_exact
+        assert {certified for _, certified in result.ends} == {(True, result.n_first)}
+
+
+@pytest.mark.parametrize(("n_peers", "shape"), [(40, (2, 2)), (500, (3, 4, 4))])
+def test_a_cut_in_the_last_round_costs_the_mean_and_the_certificate(n_peers, shape):
+    swarm = Swarm(random.Random(21), shape, rank_cells(n_peers, shape), cap=8, last_too=True)
+    result = swarm.cycle()
+    assert max(error for error, _ in result.ends) > 1e-3
+    assert not any(exact for _, (exact, _) in result.ends)
+
+
+def test_a_cut_keeps_the_certificate_honest_under_faults():
+    rng = random.Random(22)
+    n_certified = n_inexact = 0
+    for n_peers, shape in [(60, (2, 2)), (80, (2, 3, 3)), (200, (4, 4))]:
+        swarm = Swarm(rng, shape, random_cells(rng, n_peers, shape), weighs=True, cap=7)
+        for _ in range(60):
+            faults = Faults(*(rng.choice([0, most / 10, most]) for most in (0.2, 0.05, 0.2, 0.1)))
+            result = swarm.cycle(faults)
+            n_inexact += not result.is_exact
+            for error, (exact, heads) in result.ends:
+                if exact:
+                    n_certified += 1
+                    assert error < 1e-12
+                    assert heads == result.n_first
+    assert n_certified > 2000
+    assert n_inexact > 20
+
+
+@pytest.mark.parametrize(
+    ("n_members", "number", "n_groups"),
+    [(6, 0, 1), (7, 0, 2), (16, 0, 3), (16, 1, 1), (64, 1, 1), (65, 1, 2), (200, 1, 4), (200, 0, 34)],
+)
+def test_lines_are_cut_as_rarely_as_the_cap_allows(n_members, number, n_groups):
+    assert cuts(n_members, number, (2, 2), 6, 64) == n_groups
+
+
+def test_a_cut_leaves_somebody_for_every_coordinate():
+    assert cuts(20, 0, (9, 9), 6, 64) == 2
+    assert cuts(17, 0, (9, 9), 6, 64) == 1
+    assert cuts(300, 0, (1,), 6, 64) == 5
+
+
+def test_of_a_cell_that_two_groups_have_filled_both_must_be_there():
+    halves = [arrived((0, c), origin, parts=2) for c, origin in zip((0, 0, 1, 1), ORIGINS, strict=True)]
+    assert shares(halves, 1, (2, 2), exact=True).whole
+    assert shares(halves, 1, (2, 2), exact=True).weights == (6.0,) * 4
+    assert not shares(halves[1:], 1, (2, 2), exact=True).whole
+    assert not shares([replace(halves[0], parts=1), *halves[1:]], 1, (2, 2), exact=True).whole
 
 
 def test_first_cells_are_forgotten_within_three_cycles():

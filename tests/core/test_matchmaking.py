@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from sim.slot_sim import DIGEST, NUMBER, RUN, SLOT, SlotSim, peer, ticket
 
 from mpd.errors import PeerError, RoundFailed
-from mpd.grouping import compose_begin
+from mpd.grouping import compose_begins
 from mpd.ids import PeerId
 from mpd.mass import enter
-from mpd.matchmaking import Alone, Begun, MatchLimits, Matchmaker, Message, Send, Sighting, State
-from mpd.messages import MAX_MEMBERS, Begin, Declined, Disbanded, Here, Join, Joined, Member, Quit
+from mpd.matchmaking import MAX_LEAP, Alone, Begun, MatchLimits, Matchmaker, Message, Send, Sighting, State
+from mpd.messages import MAX_COLLECTED, MAX_MEMBERS, Begin, Declined, Disbanded, Here, Join, Joined, Member, Quit
 
 LIMITS = MatchLimits(window_s=5, settle_s=1, answer_s=1)
 SMALLER, LEADER, ME, FOLLOWER, IDLE = peer(0), peer(1), peer(5), peer(8), peer(9)
 STAMPS = {SMALLER: 0, LEADER: 10, ME: 50, FOLLOWER: 80, IDLE: 90}
 
-compose = partial(compose_begin, shape=(1,), exact=True, rng=random.Random(0), progress_s=2.0, payload_bytes=1 << 20)
+compose = partial(compose_begins, shape=(1,), exact=True, rng=random.Random(0), progress_s=2.0, payload_bytes=1 << 20)
 
 
 def fresh(line_size: int = 0) -> Matchmaker:
@@ -208,7 +208,7 @@ def test_two_machines_form_a_group_in_three_messages() -> None:
 def test_a_learnt_window_closes_a_group_and_leaves_a_lone_peer_its_time() -> None:
     machine = fresh()
     sighted(machine, 0.0, IDLE)
-    machine.on_ready(0.5, join(ME), window_s=1.5)
+    machine.on_ready(0.5, join(ME), replace(LIMITS, window_s=1.5))
     machine.on_tick(2.5)
     assert machine.state is SEEKING  # nobody else waits for it
     machine.on_message(2.6, FOLLOWER, join(FOLLOWER))
@@ -216,7 +216,7 @@ def test_a_learnt_window_closes_a_group_and_leaves_a_lone_peer_its_time() -> Non
     assert machine.verdict.begin.left_out == {IDLE: "its trainer had not asked for a step when the window ended"}
     alone = fresh()
     sighted(alone, 0.0, IDLE)
-    alone.on_ready(0.5, join(ME), window_s=1.5)
+    alone.on_ready(0.5, join(ME), replace(LIMITS, window_s=1.5))
     alone.on_tick(5.5)
     assert isinstance(alone.verdict, Alone)
 
@@ -244,11 +244,20 @@ def test_the_ticket_and_the_begin_carry_the_time_that_is_left() -> None:
     assert said(asking) == [(LEADER, join(ME, time_left_s=58.0))]
 
 
+def test_what_is_known_of_the_line_by_the_time_the_trainer_asks_counts() -> None:
+    machine = fresh(line_size=2)
+    machine.on_ready(0.5, join(ME), LIMITS, (0, 9))
+    machine.on_message(0.6, FOLLOWER, join(FOLLOWER))
+    assert machine.state is LEADING
+    machine.on_tick(0.6 + LIMITS.quick_s)
+    assert isinstance(machine.verdict, Begun)
+
+
 def test_a_short_step_keeps_half_of_its_time_for_the_exchange() -> None:
     machine = fresh()
     machine.on_ready(0.0, join(ME, time_left_s=4.0))
-    assert machine.wakeup == 1.0  # settled, were there anybody
-    machine.on_tick(1.0)
+    assert machine.wakeup == 0.3  # settled, were there anybody
+    machine.on_tick(0.3)
     assert machine.wakeup == 2.0
 
 
@@ -355,7 +364,12 @@ def test_a_smaller_peer_that_asks_is_told_that_it_leads() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "why"),
-    [({"digest": b"x" * 32}, "other_terms"), ({"epoch": 2}, "other_epoch"), ({"number": 9}, "other_number")],
+    [
+        ({"digest": b"x" * 32}, "other_terms"),
+        ({"epoch": 2}, "other_epoch"),
+        ({"epoch": 0}, "older_record"),
+        ({"number": NUMBER + MAX_LEAP + 1}, "other_number"),
+    ],
 )
 def test_a_ticket_that_does_not_fit_is_declined_and_not_awaited(changes: dict[str, object], why: str) -> None:
     machine = in_state(SEEKING)
@@ -372,9 +386,30 @@ def test_a_ticket_that_does_not_fit_is_declined_and_not_awaited(changes: dict[st
 
 def test_who_stands_at_another_round_is_told_so_instead_of_being_awaited() -> None:
     machine = in_state(SEEKING)
-    machine.on_message(1.0, FOLLOWER, replace(here(FOLLOWER), number=9))
-    detail = f"the next round is {NUMBER} here, 9 there"
+    machine.on_message(1.0, FOLLOWER, replace(here(FOLLOWER), number=NUMBER + MAX_LEAP + 1))
+    detail = f"the next round is {NUMBER} here, {NUMBER + MAX_LEAP + 1} there"
     assert said(machine) == [(FOLLOWER, Declined(SLOT, "other_number", detail=detail))]
+
+
+def test_whoever_is_behind_in_its_rounds_goes_on_with_the_group() -> None:
+    machine = Matchmaker(ME, SLOT, RUN, NUMBER, compose, LIMITS, n_phases=2)
+    machine.on_ready(0.5, join(ME))
+    machine.on_message(0.6, FOLLOWER, join(FOLLOWER, number=NUMBER + 6))
+    assert isinstance(machine.verdict, Begun)
+    assert machine.verdict.begin.number == NUMBER + 6
+    follower = Matchmaker(ME, SLOT, RUN, NUMBER, compose, LIMITS, n_phases=2)
+    follower.on_ready(0.5, join(ME))
+    follower.on_message(0.6, LEADER, replace(here(LEADER), number=NUMBER + 2))
+    follower.on_message(0.7, LEADER, Joined(SLOT, STAMPS[ME]))
+    follower.on_message(0.8, LEADER, begin(LEADER, ME, number=NUMBER + 2))
+    assert follower.state is BEGUN
+
+
+def test_nobody_is_taken_along_into_another_phase() -> None:
+    machine = Matchmaker(ME, SLOT, RUN, NUMBER, compose, LIMITS, n_phases=2)
+    machine.on_ready(0.5, join(ME))
+    machine.on_message(0.6, FOLLOWER, join(FOLLOWER, number=NUMBER + 5))
+    assert [m.why for _, m in said(machine) if isinstance(m, Declined)] == ["other_number"]
 
 
 def test_who_is_not_ready_says_so_and_asks_back_later() -> None:
@@ -394,11 +429,38 @@ def test_who_is_done_is_busy(state: State) -> None:
 
 def test_a_group_is_closed_before_it_has_too_many_members() -> None:
     machine = in_state(SEEKING)
-    for i in range(MAX_MEMBERS):
+    for i in range(MAX_COLLECTED):
         machine.on_message(1.0, PeerId(b"f" * 18 + i.to_bytes(2, "big")), join(FOLLOWER))
     assert isinstance(machine.verdict, Begun)
-    assert len(machine.verdict.begin.members) == MAX_MEMBERS
-    assert isinstance(said(machine)[-1][1], Declined)
+    told = said(machine)
+    begun = [(who, message) for who, message in told if isinstance(message, Begin)]
+    assert len(begun) == MAX_COLLECTED - 1
+    for who, its in begun:  # each has that of its own group
+        assert who in {member.peer for member in its.members}
+        assert (len(its.members), its.parts) == (MAX_MEMBERS, MAX_COLLECTED // MAX_MEMBERS)
+    assert isinstance(told[-1][1], Declined)
+
+
+def test_the_leader_of_a_line_that_is_cut_begins_groups_without_itself() -> None:
+    machine = in_state(FOLLOWING)
+    machine.on_message(1.0, LEADER, begin(FOLLOWER, ME, parts=2))
+    assert machine.state is BEGUN
+
+
+@pytest.mark.parametrize("sender", [SMALLER, FOLLOWER])
+def test_nobody_else_may_begin_a_group_without_itself(sender: PeerId) -> None:
+    machine = in_state(FOLLOWING)
+    with pytest.raises(PeerError, match="not in it"):
+        machine.on_message(1.0, sender, begin(LEADER, ME, parts=2))
+
+
+def test_an_older_record_is_declined_with_the_newer_epoch() -> None:
+    machine = Matchmaker(ME, SLOT, RUN, NUMBER, compose, LIMITS, epoch=4)
+    machine.on_ready(0.5, join(ME, epoch=4))
+    machine.on_message(1.0, FOLLOWER, join(FOLLOWER, epoch=3))
+    machine.on_message(1.0, SMALLER, join(SMALLER, epoch=5))
+    declined = [(who, m.why, m.epoch) for who, m in said(machine) if isinstance(m, Declined)]
+    assert declined == [(FOLLOWER, "older_record", 4), (SMALLER, "other_epoch", 0)]
 
 
 def test_who_gets_another_answer_than_begin_is_told_to_stop_waiting() -> None:
@@ -521,7 +583,7 @@ def test_a_round_without_sense_leaves_everybody_alone_with_the_reason() -> None:
         (FOLLOWER, begin(LEADER, ME)),
         (LEADER, begin(LEADER, ME, digest=b"x" * 32)),
         (LEADER, begin(LEADER, ME, epoch=7)),
-        (LEADER, begin(LEADER, ME, number=7)),
+        (LEADER, begin(LEADER, ME, number=NUMBER - 1)),
     ],
 )
 def test_what_no_correct_peer_says_is_blamed_and_changes_nothing(sender: PeerId, message: Message) -> None:

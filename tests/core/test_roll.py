@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sim.slot_sim import peer, ticket
 
-from mpd.messages import MAX_MEMBERS
+from mpd.messages import MAX_COLLECTED
 from mpd.roll import (
     MAX_HEARSAY,
     MOVES,
@@ -31,6 +31,7 @@ ALONE = Roll(
     awaited=(),
     lost=(),
     line_size=0,
+    line_low=0,
     to_ask=None,
     leader=None,
     accepted=False,
@@ -49,13 +50,20 @@ CASES = [
     (5.0, {"lost": (A,)}, Verdict.GIVE_UP, f"window ended and nobody had joined; missing: {name(A)}"),
     (0.0, {"members": 4}, Verdict.BEGIN, "full: 4 of 4 announced peers are ready"),
     (0.0, {"members": 3, "lost": (A,)}, Verdict.BEGIN, f"full: 3 of 4 announced peers are ready; left out: {name(A)}"),
-    (0.9, {"members": 3, "line_size": 5}, Verdict.WAIT, "3 of 5 expected peers are here: waiting for newcomers"),
-    (1.0, {"members": 3, "line_size": 5}, Verdict.BEGIN, "full: 3 of 3 announced peers are ready"),
-    (1.5, {"members": 3, "line_size": 5, "news_s": 1.0}, Verdict.WAIT, "3 of 5 expected peers are here"),
-    (0.0, {"members": 5, "line_size": 5}, Verdict.BEGIN, "full: 5 of 5 announced peers are ready"),
+    (
+        0.9,
+        {"members": 3, "line_size": 5, "line_low": 5},
+        Verdict.WAIT,
+        "3 of 5 expected peers are here: waiting for newcomers",
+    ),
+    (1.0, {"members": 3, "line_size": 5, "line_low": 5}, Verdict.BEGIN, "full: 3 of 3 announced peers are ready"),
+    (0.2, {"members": 4, "line_size": 5, "line_low": 4}, Verdict.WAIT, "4 of 5 expected peers are here"),
+    (0.3, {"members": 4, "line_size": 5, "line_low": 4}, Verdict.BEGIN, "full: 4 of 4 announced peers are ready"),
+    (1.5, {"members": 3, "line_size": 5, "line_low": 5, "news_s": 1.0}, Verdict.WAIT, "3 of 5 expected peers are here"),
+    (0.0, {"members": 5, "line_size": 5, "line_low": 5}, Verdict.BEGIN, "full: 5 of 5 announced peers are ready"),
     (4.9, {"members": 3, "awaited": (A,)}, Verdict.WAIT, f"waiting for 1 of 4 announced peers: {name(A)}"),
     (5.0, {"members": 3, "awaited": (A,)}, Verdict.BEGIN, f"window ended with 3 members; left out: {name(A)}"),
-    (0.0, {"members": MAX_MEMBERS, "awaited": (A,)}, Verdict.BEGIN, f"full: no group has more than {MAX_MEMBERS}"),
+    (0.0, {"members": MAX_COLLECTED, "awaited": (A,)}, Verdict.BEGIN, "full: no leader takes in more than 256 members"),
     (0.0, {"to_ask": A}, Verdict.ASK, f"{name(A)} leads"),
     (9.0, {"to_ask": A, "members": 4}, Verdict.ASK, f"{name(A)} leads"),
     (1.9, {"leader": A}, Verdict.WAIT, f"asking {name(A)} for a place in its group"),

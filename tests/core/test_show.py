@@ -17,6 +17,8 @@ RUN: dict[str, Any] = {
     "name": "my-run", "shape": [3, 4], "key": [1, 2], "phase": 0, "peers": 12, "trainers": 2, "rounds": 7,
     "bytes": 64 << 20, "tensors": 3, "state": "waiting for 3 of 4 peers", "other_terms": {}, "absent": {},
     "last_imperfect": None,
+    "elastic": {"epoch": 2, "n_peers": 13, "heads": 13, "certified": True, "next": None, "written": 0,
+                "says": "the shape fits 13 peers; with 1 fewer it would not"},
 }  # fmt: skip
 STATUS: dict[str, Any] = {
     "peer_id": ALICE, "listen": "192.0.2.7:4747", "announce": "192.0.2.7:4747", "reachable": True, "links": 2,
@@ -92,25 +94,35 @@ def test_status_says_what_matters(change: dict[str, Any], words: str) -> None:
 
 
 def test_runs_come_with_what_they_do_and_what_went_wrong() -> None:
+    shapeless = {"epoch": 0, "n_peers": 0, "next": None, "says": "the run has no shape yet"}
     young = RUN | {"name": "young", "shape": [], "key": [], "bytes": 12, "state": "looking for other peers of this run"}
+    young |= {"elastic": shapeless}
     run = RUN | {
         "other_terms": {BOB: "group_size is 16 here, 8 there"},
         "absent": {CAROL: "left: its daemon was told to leave"},
         "last_imperfect": ROUND,
     }
     text = printed(show_status, STATUS | {"runs": [run, young]})
-    assert lines_of(text)[-10:] == [
+    assert lines_of(text)[-12:] == [
         "run         size  shape  key  peers  trainers  rounds",
         "my-run  64.0 MiB  3x4    1,2     12         2       7",
         "          now               waiting for 3 of 4 peers",
+        "          shape             number 2, made for 13 peers; the shape fits 13 peers; with 1 fewer it would not",
         "          terms             bbbbbbbb uses other terms: group_size is 16 here, 8 there",
         "          absent            cccccccc: left: its daemon was told to leave",
         "          last not perfect  00:00:20, averaged 2 of 3",
         "            why             one is missing",
         "            cccccccc        its link ended",
         "young       12 B  -      -       12         2       7",
-        "          now  looking for other peers of this run",
+        "          now    looking for other peers of this run",
+        "          shape  the run has no shape yet",
     ]
+
+
+def test_a_run_says_which_shape_comes_next() -> None:
+    changing = RUN | {"elastic": RUN["elastic"] | {"next": [3, 3, 3]}}
+    text = printed(show_status, STATUS | {"runs": [changing]})
+    assert "shape  number 2, made for 13 peers; 3x3x3 comes next" in text
 
 
 PERFECT = ROUND | {"reason": "", "contributors": [ALICE, BOB, CAROL], "missing": {}, "perfect": True}

@@ -324,7 +324,9 @@ def play(history: History, *results: RoundResult) -> list[dict[str, Any]]:
     numbers = itertools.count()
     for result in results:
         session: Any = SimpleNamespace(
-            members=(peer(0), peer(1)), round_id=RoundId(b"r" * 16), begin=SimpleNamespace(number=next(numbers))
+            members=(peer(0), peer(1)),
+            round_id=RoundId(b"r" * 16),
+            begin=SimpleNamespace(number=next(numbers), epoch=1),
         )
         history.add_round(session, result, {})
     return list(history.records)
@@ -351,10 +353,10 @@ def test_the_history_is_bounded_and_counts_the_same_step_once() -> None:
     times = itertools.count()
     history = History("run", lambda: float(next(times)))
     for number in range(2 * HISTORY_ROUNDS):
-        history.add_step(number, f"reason {number}", {}, 1.0)
+        history.add_step(number, 1, f"reason {number}", {}, 1.0)
     assert len(history.records) == HISTORY_ROUNDS
     for _ in range(3):
-        history.add_step(7, "alone", {}, 1.0)
-    history.add_step(7, "alone", {"x": "late"}, 1.0)
+        history.add_step(7, 1, "alone", {}, 1.0)
+    history.add_step(7, 1, "alone", {"x": "late"}, 1.0)
     assert [record["times"] for record in history.records][-2:] == [3, 1]
     assert history.n_added == 2 * HISTORY_ROUNDS + 4

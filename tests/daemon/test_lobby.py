@@ -404,7 +404,7 @@ async def step_for_ever(member: Member, pause_s: float, met: Notes) -> None:
     is_exact = member.lobby.terms.rounds == "exact"
     while True:
         if is_exact:
-            member.lobby.start_cycle()
+            await member.lobby.begin_cycle(trio.current_time() + 20.0)
         for _ in range(max(1, len(member.lobby.shape)) if is_exact else 1):
             verdict = await member.ask(20.0)
             if isinstance(verdict, Begun):
@@ -990,7 +990,7 @@ async def test_whoever_stands_where_we_are_not_hears_so_and_is_no_company(
     assert link.far.said[-1] == Quit(b"?" * 20)
     assert one.lobby._post is not None
     link.send(Quit(one.lobby._post.slot))
-    link.send(Here(RUN, one.lobby._post.slot, 7, True, 1))
+    link.send(Here(RUN, one.lobby._post.slot, 1 << 40, True, 1))
     await sleep(0.05)
     assert one.lobby.company == []
 

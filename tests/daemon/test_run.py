@@ -436,15 +436,27 @@ class ScriptedLobby:
         self.standings: list[Standing] = []
         self.pace = Pace()
         self.fell_back = 0
+        self.shaping = self
+        self.lines: list[tuple[int, int]] = []  # number of the round, members
+        self.counts: list[tuple[int, bool]] = []  # heads, whether certified
 
     async def serve(self) -> None:
         await trio.sleep_forever()
+
+    async def begin_cycle(self, deadline: float) -> None:
+        self.start_cycle()
 
     def start_cycle(self) -> None:
         self.number = -(-self.number // len(self.shape)) * len(self.shape)
 
     def fall_back(self) -> None:
         self.fell_back += 1
+
+    def note_round(self, number: int, n_members: int) -> None:
+        self.lines.append((number, n_members))
+
+    def note_cycle(self, heads: int, *, is_certified: bool) -> None:
+        self.counts.append((heads, is_certified))
 
     async def form(self, standing: Callable[[Cell], Standing], deadline: float) -> Begun | Alone:
         await trio.lowlevel.checkpoint()
@@ -653,7 +665,10 @@ async def test_a_round_without_a_grid_step_moves_no_mass(nursery: trio.Nursery, 
     for _ in range(2):
         stepped = await play.step(weight=3.0)
         assert stepped.rounds == 1
-    assert [(standing.mass, standing.seen) for standing in play.lobby.standings] == [(3.0, -1)] * 2
+    # Heads move from step to step, so that the swarm is counted.
+    assert [(standing.mass, standing.seen) for standing in play.lobby.standings] == [(3.0, -1), (3.0, 0)]
+    assert play.lobby.lines == [(0, 2), (1, 2)]
+    assert len(play.lobby.counts) == 1  # when the cycle was over
 
 
 async def test_a_cancelled_step_ends_its_round_and_the_next_one_is_fine(

@@ -16,7 +16,7 @@ from mpd.codecs import codec_named
 from mpd.daemon.vault import RegionVault
 from mpd.errors import PeerError, RoundFailed
 from mpd.exchange import Exchange, RoundPlan, Send
-from mpd.grouping import compose_begin
+from mpd.grouping import compose_begins
 from mpd.ids import PeerId
 from mpd.layout import CODEC_NAMES
 from mpd.mass import Shares, Standing, after, certificate
@@ -205,8 +205,8 @@ def _ticket(place: int, time_left_s: float, stamp: int = 1) -> Join:
     return Join("run", SLOT, TERMS.digest, 1, 0, stamp, standing, "peer.example", 4747, True, 1e6 * place, time_left_s)
 
 
-def _compose(members: tuple[tuple[PeerId, Join], ...], left_out: dict[PeerId, str]) -> Begin:
-    return compose_begin(
+def _compose(members: tuple[tuple[PeerId, Join], ...], left_out: dict[PeerId, str]) -> tuple[Begin, ...]:
+    return compose_begins(
         members,
         left_out,
         shape=(4,),

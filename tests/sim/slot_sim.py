@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from mpd.errors import PeerError
-from mpd.grouping import compose_begin
+from mpd.grouping import compose_begins
 from mpd.ids import PeerId
 from mpd.mass import enter
 from mpd.matchmaking import Begun, MatchLimits, Matchmaker, Message, Sighting, State
@@ -69,7 +69,7 @@ class SlotSim:
         self._order = itertools.count()
         self._arrives: dict[tuple[int, int], float] = {}
         compose = partial(
-            compose_begin, shape=(1,), exact=True, rng=random.Random(seed), progress_s=2.0, payload_bytes=1 << 20
+            compose_begins, shape=(1,), exact=True, rng=random.Random(seed), progress_s=2.0, payload_bytes=1 << 20
         )
         self.machines = [Matchmaker(peer(i), SLOT, RUN, NUMBER, compose, LIMITS, line_size) for i in range(n)]
 
