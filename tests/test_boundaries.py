@@ -31,6 +31,8 @@ LINE = (
     "layout",
     "manifest",
     "mass",
+    "meetings",
+    "grid_arrays",
     "schedule",
     "deadlines",
     "reduce",
