@@ -33,6 +33,7 @@ LINE = (
     "mass",
     "meetings",
     "grid_arrays",
+    "mass_arrays",
     "schedule",
     "deadlines",
     "reduce",
