@@ -54,15 +54,15 @@ class Costs:
     scheduling). `busy` is less than 1 where somebody else uses the machine.
     """
 
-    member_s: float = 3.0e-3
-    pair_s: float = 2.0e-3
-    byte_s: float = 1.2e-9
-    record_s: float = 3.0e-4
-    copy_s: float = 0.4e-9
-    slot_s: float = 5.0e-3
-    line_byte_s: float = 1.5e-8
-    busy: float = 1.0
-    serial: float = 0.8
+    member_s: float = 7.0e-3
+    pair_s: float = 1.35e-3
+    byte_s: float = 1.42e-9
+    record_s: float = 1.77e-4
+    copy_s: float = 0.0
+    slot_s: float = 5.5e-3
+    line_byte_s: float = 1.75e-8
+    busy: float = 0.83
+    serial: float = 0.36
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

@@ -72,14 +72,16 @@ LINE = (
     "overlays",
     "theory",
     "simulate",
+    "advise",
     "show",
     "cli_options",
     "cli_swarm",
     "cli_doctor",
     "cli_chaos",
+    "cli_advise",
     "cli",
 )
-COMMANDS = {"cli_swarm", "cli_doctor", "cli_chaos", "cli"}
+COMMANDS = {"cli_swarm", "cli_doctor", "cli_chaos", "cli_advise", "cli"}
 RIM = {"show", "cli_options", *COMMANDS}  # they meet people: a terminal, the environment, exit codes
 
 CORE_PACKAGES = {"numpy", "msgspec", "zstandard", "cryptography"}

@@ -1,6 +1,6 @@
 """Hold the event model of mpd/timeline.py to what real daemons take.
 
-    python tests/bench/validate.py                         # everything; about ten minutes
+    python tests/bench/validate.py                         # everything; about twenty minutes
     python tests/bench/validate.py --cases loopback        # no network namespaces
     python tests/bench/validate.py --calibrate             # only the constants of this machine, as JSON
 
