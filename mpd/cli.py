@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from mpd import __version__
+from mpd.cli_advise import advise
 from mpd.cli_chaos import chaos
 from mpd.cli_doctor import doctor
 from mpd.cli_options import ADDRESS, JSON, SOCKET, STATE_DIR, default_state_dir
@@ -61,6 +62,7 @@ def cli() -> None:
 cli.add_command(swarm)
 cli.add_command(doctor)
 cli.add_command(chaos)
+cli.add_command(advise)
 
 
 @cli.command()

@@ -32,6 +32,9 @@ LINE = (
     "layout",
     "manifest",
     "mass",
+    "meetings",
+    "grid_arrays",
+    "mass_arrays",
     "schedule",
     "deadlines",
     "reduce",
@@ -59,16 +62,27 @@ LINE = (
     "agreement",
     "replan",
     "exchange",
+    "quantities",
+    "costs",
+    "pricing",
+    "timeline",
     "findings",
     "doctor",
+    "mixing",
+    "policies",
+    "overlays",
+    "theory",
+    "simulate",
+    "advise",
     "show",
     "cli_options",
     "cli_swarm",
     "cli_doctor",
     "cli_chaos",
+    "cli_advise",
     "cli",
 )
-COMMANDS = {"cli_swarm", "cli_doctor", "cli_chaos", "cli"}
+COMMANDS = {"cli_swarm", "cli_doctor", "cli_chaos", "cli_advise", "cli"}
 RIM = {"show", "cli_options", *COMMANDS}  # they meet people: a terminal, the environment, exit codes
 
 CORE_PACKAGES = {"numpy", "msgspec", "zstandard", "cryptography"}
