@@ -19,6 +19,7 @@ from mpd.cli_advise import advise
 from mpd.cli_chaos import chaos
 from mpd.cli_doctor import doctor
 from mpd.cli_options import ADDRESS, JSON, SOCKET, STATE_DIR, default_state_dir
+from mpd.cli_simulate import simulate
 from mpd.cli_swarm import swarm
 from mpd.config import DEFAULT_PORT, DaemonConfig, NetConfig
 from mpd.errors import DaemonUnavailable, MpdError
@@ -63,6 +64,7 @@ cli.add_command(swarm)
 cli.add_command(doctor)
 cli.add_command(chaos)
 cli.add_command(advise)
+cli.add_command(simulate)
 
 
 @cli.command()

@@ -40,6 +40,7 @@ POLICIES = {
 
 COMPARED = ("moshpit", "paper-grid", "random", "allreduce", "gossip", "chebyshev", "pushsum", "pairs")
 N_CHUNKS = 32
+MAX_MODES = 2**24  # modes times rounds of a spectrum that is worth its memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,11 @@ class Settings:
             raise LocalError(f"a grid of {n_cells} cells has no cell of its own for each of {self.n_peers} peers")
         if n_cells > 4 * MAX_PEERS:
             raise LocalError(f"a grid of {n_cells} cells: at most {4 * MAX_PEERS} expected")
+
+    @property
+    def has_grid(self) -> bool:
+        """True if the policy is one on a grid."""
+        return self.policy in ("moshpit", "moshpit-single", "paper-grid")
 
     @property
     def grid(self) -> Shape:
@@ -312,11 +318,13 @@ def expected_variance(settings: Settings) -> Floats | None:
     if p:
         return None
     n_cells = math.prod(settings.grid)
+    if (settings.policy == "moshpit" and n_cells <= n_peers) or (
+        settings.policy == "paper-grid" and n_cells == n_peers
+    ):
+        return theory.grid(n_peers, settings.grid, rounds)
+    if n_peers * rounds > MAX_MODES:
+        return None
     match settings.policy:
-        case "moshpit" if n_cells <= n_peers:
-            return theory.grid(n_peers, settings.grid, rounds)
-        case "paper-grid" if n_cells == n_peers:
-            return theory.grid(n_peers, settings.grid, rounds)
         case "gossip":
             return theory.ring_gossip(n_peers, rounds)
         case "chebyshev":
@@ -329,11 +337,10 @@ def expected_variance(settings: Settings) -> Floats | None:
 def summary(result: Result) -> dict[str, Any]:
     """Return the result as what JSON can say; the keys stay as they are."""
     settings = result.settings
-    has_grid = settings.policy in ("moshpit", "moshpit-single", "paper-grid")
     return {
         "policy": settings.policy,
         "peers": settings.n_peers,
-        "shape": list(settings.grid) if has_grid else None,
+        "shape": list(settings.grid) if settings.has_grid else None,
         "group_size": settings.group_size,
         "absent": settings.absent,
         "mid_round": settings.mid_round,
