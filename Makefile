@@ -23,7 +23,7 @@ PARSERS := $(addprefix tests/, \
 # Tests whose numbers are larger with MPD_SOAK=1: the full figures of docs/security.md and docs/reliability.md.
 SOAKS := $(shell grep -lr SOAK tests --include='test_*.py')
 
-.PHONY: help demo test check format bench fuzz soak docs clean
+.PHONY: help demo test check format bench validate fuzz soak docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo 'make format   rewrite the sources in the agreed format'
 	@echo 'make docs     build the documentation into build/docs'
 	@echo 'make bench    measure rounds against other systems'
+	@echo 'make validate hold the event model of mpd advise to real daemons'
 	@echo 'make fuzz     try FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) inputs per property, search FUZZ_SECONDS=$(FUZZ_SECONDS) per parser'
 	@echo 'make soak     simulate SIM_SEEDS=$(SIM_SEEDS) rounds and as many swarms with seeded faults, then every attack in full'
 	@echo 'make clean    remove build/, .venv and caches'
@@ -94,6 +95,10 @@ docs: .venv/installed
 bench: .venv/installed
 	@echo 'Measuring; this is only fair on an idle machine.'
 	@$(BIN)/python tests/bench/run.py --history docs/benchmarks/history.jsonl
+
+validate: .venv/installed
+	@echo 'Comparing predicted and measured seconds; about twenty minutes.'
+	@$(BIN)/python tests/bench/validate.py
 
 fuzz: .venv/installed
 	@echo 'Trying the parsers with $(FUZZ_EXAMPLES) inputs per property.'

@@ -48,7 +48,8 @@ MAX_PENDING = 64  # handles that are waited for
 MAX_BAD_HELLOS = 8  # then the offer is withdrawn
 MAX_KEY_AGE_S = 24 * 3600.0
 _MIN_STAGE_BYTES = 4096
-_WORTH_WAKING_BYTES = 64 * 1024  # packets come one by one on a slow link; half of the first buffer of a socket
+_MAX_WAKING_BYTES = 64 * 1024  # half of the first buffer of a socket
+_WAKING_S = 0.005  # packets come one by one on a slow link; who waits for progress waits for no more than this
 _MAX_FREE_STAGES = 16  # kept of each size
 
 _HELLO = pack_header(Header(Kind.HELLO, 0, 0, 0, 0, 0, RoundId(bytes(16)), 0))
@@ -346,6 +347,7 @@ class DataChannel:
         self._head = memoryview(bytearray(HEADER_BYTES))
         self._n_head = 0  # how much of the next header has come with the last body
         self._low_water = 1  # bytes that make the kernel wake us up
+        self._worth_waking = 1  # bytes that are worth it, at the rate of the last record
         self._aad = bytearray(HEADER_BYTES)  # the header of the record being received
         self._tx_stage = memoryview(bytearray(0))
         self._stages = stages
@@ -431,7 +433,7 @@ class DataChannel:
         """
         n_wire = n_bytes + (TAG_BYTES if self.is_sealed else 0)
         stage = view = self._rx_stage = await self._stages.take(n_wire)
-        got = 0
+        got, began = 0, trio.current_time()
         while got < n_wire:
             if not self.is_sealed and landing is not None:
                 view = landing.view if landing.view is not None else stage
@@ -443,6 +445,8 @@ class DataChannel:
             got = min(got + n, n_wire)
             if not self.is_sealed and landing is not None:
                 landing.progress()
+        took_s = max(trio.current_time() - began, 1e-9)
+        self._worth_waking = max(1, min(int(_WAKING_S * n_wire / took_s), _MAX_WAKING_BYTES))
         if self._keys.rx is not None:
             view = self._open(self._keys.rx, stage, landing)
         self.n_received += 1
@@ -466,7 +470,7 @@ class DataChannel:
 
     async def _wait_for(self, n_bytes: int) -> None:
         """Wait until all `n_bytes`, or as many as are worth waking up for, or the end of the connection have come."""
-        low_water = min(n_bytes, _WORTH_WAKING_BYTES)
+        low_water = min(n_bytes, self._worth_waking)
         if low_water != self._low_water:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
             self._low_water = low_water

@@ -15,9 +15,11 @@ from typing import Any
 import click
 
 from mpd import __version__
+from mpd.cli_advise import advise
 from mpd.cli_chaos import chaos
 from mpd.cli_doctor import doctor
 from mpd.cli_options import ADDRESS, JSON, SOCKET, STATE_DIR, default_state_dir
+from mpd.cli_simulate import simulate
 from mpd.cli_swarm import swarm
 from mpd.config import DEFAULT_PORT, DaemonConfig, NetConfig
 from mpd.errors import DaemonUnavailable, MpdError
@@ -61,6 +63,8 @@ def cli() -> None:
 cli.add_command(swarm)
 cli.add_command(doctor)
 cli.add_command(chaos)
+cli.add_command(advise)
+cli.add_command(simulate)
 
 
 @cli.command()

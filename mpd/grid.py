@@ -136,6 +136,14 @@ class Table:
         """Return the number of the first member of `line`: what to add to a place to get a coordinate (modulo M)."""
         return int(self._firsts[phase][_index(phase, line)])
 
+    def firsts(self, phase: int) -> npt.NDArray[Any]:
+        """Return the offsets of all lines, int64, in the order of their numbers: for who moves many peers at once.
+
+        The coordinates of a line count in the order of the axes phase - 1, .., 0, d - 1, .., phase + 1, the last one
+        fastest. Not to be written to.
+        """
+        return self._firsts[phase].ravel()
+
     def line_at(self, phase: int, number: int) -> Line:
         """Return the line that holds the peer of this number, 0 <= `number` < N."""
         firsts = self._firsts[phase]

@@ -13,6 +13,16 @@ from mpd.messages import MAX_MEMBERS, Ask, Commit, Done, Few, Need, NewPlan, Pre
 ExchangeMessage = Done | Commit | Need | Few | Prepare | Promise | NewPlan | Want | Ask
 
 
+def redo_quorum(n_members: int) -> int:
+    """Return how many of the members of a group must promise before anything is redone."""
+    return n_members // 2 + 1
+
+
+def success_quorum(n_members: int) -> int:
+    """Return how many of the members of a group must hold everything before one of them succeeds."""
+    return n_members - redo_quorum(n_members) + 1
+
+
 @dataclass(frozen=True, slots=True)
 class RoundPlan:
     """What BEGIN fixes for member `me` of a group.
@@ -58,7 +68,7 @@ class RoundPlan:
     @property
     def redo_quorum(self) -> int:
         """How many members must promise before anything is redone."""
-        return self.n_members // 2 + 1
+        return redo_quorum(self.n_members)
 
     @property
     def success_quorum(self) -> int:
@@ -66,7 +76,7 @@ class RoundPlan:
 
         Both quorums together exceed the group, so whoever redoes hears from somebody who knows of a success.
         """
-        return self.n_members - self.redo_quorum + 1
+        return success_quorum(self.n_members)
 
     def linked_from_start(self) -> int:
         """Mask of the members with whom I have a link: two members of which neither can be dialled have none."""

@@ -32,6 +32,9 @@ LINE = (
     "layout",
     "manifest",
     "mass",
+    "meetings",
+    "grid_arrays",
+    "mass_arrays",
     "schedule",
     "deadlines",
     "reduce",
@@ -59,20 +62,35 @@ LINE = (
     "agreement",
     "replan",
     "exchange",
+    "quantities",
+    "costs",
+    "pricing",
+    "timeline",
     "findings",
     "doctor",
+    "mixing",
+    "policies",
+    "overlays",
+    "theory",
+    "simulate",
+    "advise",
+    "paper",
+    "plots",
     "show",
+    "show_simulation",
     "cli_options",
     "cli_swarm",
     "cli_doctor",
     "cli_chaos",
+    "cli_advise",
+    "cli_simulate",
     "cli",
 )
-COMMANDS = {"cli_swarm", "cli_doctor", "cli_chaos", "cli"}
-RIM = {"show", "cli_options", *COMMANDS}  # they meet people: a terminal, the environment, exit codes
+COMMANDS = {"cli_swarm", "cli_doctor", "cli_chaos", "cli_advise", "cli_simulate", "cli"}
+RIM = {"show", "show_simulation", "plots", "cli_options", *COMMANDS}  # they meet people: a terminal, files, exit codes
 
 CORE_PACKAGES = {"numpy", "msgspec", "zstandard", "cryptography"}
-RIM_PACKAGES = {"click", "rich", "trio"}
+RIM_PACKAGES = {"click", "rich", "trio", "matplotlib"}
 DAEMON_PACKAGES = {"trio", "numpy", "msgspec", "cryptography", "kademlia", "rpcudp"}
 CLIENT_PACKAGES = {"numpy", "torch"}
 
@@ -211,9 +229,20 @@ def test_the_command_line_opens_the_other_rooms_lazily() -> None:
         for module in modules("mpd")
         if module.name in COMMANDS
         for found in module.imports()
-        if found.module.startswith(("mpd.daemon", "mpd.client", "mpd.show", "trio")) and not found.lazy
+        if found.module.startswith(("mpd.daemon", "mpd.client", "mpd.show", "mpd.simulate", "mpd.plots", "trio"))
+        and not found.lazy
     ]
-    report(broken, "the command line imports the other rooms, trio and show inside the command that needs them")
+    report(broken, "the command line imports what is large inside the command that needs it")
+
+
+def test_only_plots_know_matplotlib() -> None:
+    broken = [
+        f"{module.at(found.line)} imports {found.module}"
+        for module in rooms()
+        for found in module.imports()
+        if found.package == "matplotlib" and (module.name != "plots" or not found.lazy)
+    ]
+    report(broken, "matplotlib is an extra: only mpd/plots.py imports it, inside the function that needs it")
 
 
 @pytest.mark.parametrize(

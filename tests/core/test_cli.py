@@ -25,7 +25,7 @@ from mpd.errors import DaemonUnavailable, Fatal, LocalError
 from mpd.ids import Endpoint, PeerId
 
 ASKING = ("status", "rounds", "peers", "leave")
-COMMANDS = ("join", *ASKING, "chaos", "swarm", "doctor")
+COMMANDS = ("advise", "join", *ASKING, "chaos", "swarm", "doctor", "simulate")
 STATUS = {
     "peer_id": "a" * 32, "listen": "127.0.0.1:4747", "announce": "127.0.0.1:4747", "reachable": True, "links": 0,
     "suites": ["aes-256-gcm"], "swarm": {"open": True}, "budgets": {},

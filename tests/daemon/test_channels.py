@@ -470,7 +470,8 @@ async def test_a_slow_link_does_not_wake_the_daemon_for_every_packet(monkeypatch
     monkeypatch.setattr(trio.lowlevel, "wait_readable", counted)
 
     async def drip() -> None:
-        packets = memoryview(header_of(n_bytes) + random.Random(1).randbytes(n_bytes) + header_of(0))
+        record = header_of(n_bytes) + random.Random(1).randbytes(n_bytes)
+        packets = memoryview(record + record + header_of(0))
         for begin in range(0, len(packets), packet_bytes):
             near._sock.sendall(packets[begin : begin + packet_bytes])
             await trio.testing.wait_all_tasks_blocked()
@@ -478,12 +479,14 @@ async def test_a_slow_link_does_not_wake_the_daemon_for_every_packet(monkeypatch
     with trio.fail_after(HANG_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(drip)
-            assert (await far.receive_header()).length == n_bytes
-            assert len(await far.receive_payload(n_bytes, None)) == n_bytes
-            far.release()
+            for slowest in (1, 64 * 1024):  # of the first record nobody knows yet how fast it comes
+                waits.clear()
+                assert (await far.receive_header()).length == n_bytes
+                assert len(await far.receive_payload(n_bytes, None)) == n_bytes
+                far.release()
+                assert max(waits[1:]) == slowest
             assert (await far.receive_header()).length == 0  # however little comes last, it is not waited for in vain
     assert len(waits) <= 20 < n_bytes // packet_bytes
-    assert max(waits) == 64 * 1024
     near.close()
     far.close()
 

@@ -8,6 +8,7 @@ done with fewer peers.
 """
 
 import contextlib
+import itertools
 import os
 import threading
 import time
@@ -193,10 +194,14 @@ def test_a_swarm_that_grows_and_shrinks_is_exact_again_by_itself(
         eventually(lambda: is_exact(n) and epochs(n) != before, f"{n} peers are exact again", swarm.log, PATIENCE_S)
         figures[f"{what}_s"] = round(time.monotonic() - began, 1)
         epoch = max(epochs(n))
-        figures[f"{what}_rounds"] = max(
-            sum(r["epoch"] == epoch and r["averaged"] for r in daemons[i].connect().rounds(run, 200)) for i in range(n)
-        )
+        figures[f"{what}_rounds"] = max(rounds_before_exact(i, n, epoch) for i in range(n))
         figures[f"{what}_d"] = len(shape(0))
+
+    def rounds_before_exact(i: int, n: int, epoch: int) -> int:
+        """Return how many rounds in this shape ended with the first exact mean of all; they go on while we look."""
+        in_shape = sum(r["epoch"] == epoch and r["averaged"] for r in daemons[i].connect().rounds(run, 200))
+        exact = itertools.takewhile(lambda outcome: (outcome.exact, outcome.heads) == (True, n), reversed(steps[i]))
+        return max(0, in_shape - sum(outcome.rounds for outcome in list(exact)[:-1]))
 
     def shape(i: int) -> list[int]:
         status = daemons[i].run_status(run)

@@ -93,7 +93,11 @@ class Nursery:
             self.cancel_scope.cancel()
         while self._n_children and not here().is_being_disposed:
             await Pause(None, self._ended, is_shielded=True)
-        return self.cancel_scope.__exit__(kind, error, trace)
+        is_over = error is None and is_cancelled(self.cancel_scope.parent, here().clock())
+        passes = self.cancel_scope.__exit__(kind, error, trace)
+        if is_over and not here().is_being_disposed:  # as with trio, who waited for tasks that were cancelled is, too
+            raise Cancelled
+        return passes
 
 
 class Lock:
