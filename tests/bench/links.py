@@ -32,7 +32,7 @@ from mpd.schedule import fractions
 TCP_IP_BYTES = 52  # of a packet: IPv4, TCP and its timestamps
 ETHERNET_BYTES = 14
 ROUND_TRIPS = 3
-LEARNING_ROUNDS = 6  # until windows and shards have settled: bandwidths are believed after three measurements
+LEARNING_ROUNDS = 4  # until windows and shards have settled: bandwidths are believed after three measurements
 
 
 @dataclass(frozen=True)
