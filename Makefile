@@ -23,7 +23,7 @@ PARSERS := $(addprefix tests/, \
 # Tests whose numbers are larger with MPD_SOAK=1: the full figures of docs/security.md and docs/reliability.md.
 SOAKS := $(shell grep -lr SOAK tests --include='test_*.py')
 
-.PHONY: help demo test check format bench validate fuzz soak docs clean
+.PHONY: help demo test check format figures bench validate fuzz soak docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo 'make check    format, lint, types, import rules, documentation (changes nothing)'
 	@echo 'make format   rewrite the sources in the agreed format'
 	@echo 'make docs     build the documentation into build/docs'
+	@echo 'make figures  simulate the tables and plots of docs/simulate.md anew'
 	@echo 'make bench    measure rounds against other systems'
 	@echo 'make validate hold the event model of mpd advise to real daemons'
 	@echo 'make fuzz     try FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) inputs per property, search FUZZ_SECONDS=$(FUZZ_SECONDS) per parser'
@@ -91,6 +92,10 @@ format: .venv/installed
 docs: .venv/installed
 	@echo 'Building the documentation into build/docs.'
 	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d build/doctrees docs build/docs
+
+figures: .venv/installed
+	@echo 'Simulating what docs/simulate.md shows; this takes some minutes.'
+	@$(BIN)/python docs/examples/simulate_figures.py
 
 bench: .venv/installed
 	@echo 'Measuring; this is only fair on an idle machine.'

@@ -103,8 +103,9 @@ class Chebyshev(Gossip):
     """The same ring and the same messages, with the recursion that damps every mode as fast as a polynomial can.
 
     x(t+1) = w(t+1) (W x(t) - x(t-1)) + x(t-1) with W = I - step * Laplacian; step and w follow from the spectrum of the
-    ring. It is tuned to a graph that stays: a peer that is absent keeps both of its values, and what the others do is
-    then no longer the polynomial that was meant.
+    ring. It is tuned to a graph that stays. A peer that is absent keeps both of its values, what the others do is then
+    no longer the polynomial that was meant, and on a large ring the values grow without bound; to forget the value
+    before instead makes it worse.
     """
 
     def __init__(self, n_peers: int) -> None:

@@ -39,6 +39,7 @@ def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
     """
     load_matplotlib()
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     settings = results[0].settings
     figure = Figure(figsize=(9, 5.2), layout="constrained")
@@ -58,6 +59,7 @@ def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
     axes.axhline(settings.target, color="#666666", linewidth=0.8)
     axes.text(drawn, settings.target, f"target {settings.target:g} ", ha="right", va="bottom", color="#666666")
     axes.set(yscale="log", ylim=(FLOOR / 3, 3), xlim=(0, drawn), xlabel="round", ylabel="variance over the peers")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)

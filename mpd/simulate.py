@@ -318,9 +318,8 @@ def expected_variance(settings: Settings) -> Floats | None:
     if p:
         return None
     n_cells = math.prod(settings.grid)
-    if (settings.policy == "moshpit" and n_cells <= n_peers) or (
-        settings.policy == "paper-grid" and n_cells == n_peers
-    ):
+    fills = {"moshpit": n_cells <= n_peers, "paper-grid": n_cells == n_peers}
+    if fills.get(settings.policy):
         return theory.grid(n_peers, settings.grid, rounds)
     if n_peers * rounds > MAX_MODES:
         return None
