@@ -26,6 +26,7 @@ class Standings:
     origin: Ints
     seen: Ints
     full: Bools
+    parts: Ints
     cells: Cells
 
     def enter(self, peers: Ints, weights: Floats) -> None:
@@ -35,20 +36,28 @@ class Standings:
         self.origin[peers] = NOWHERE
         self.seen[peers] = -1
         self.full[peers] = False
+        self.parts[peers] = 1
+
+    def weigh(self, peers: Ints, weights: Floats) -> None:
+        """Let these peers (m,) bring their trainers' weights (m,), as in a run where no mass moves."""
+        self.mass[peers] = np.minimum(weights, MAX_WEIGHT)
 
 
 def newcomers(weights: Floats, cells: Cells) -> Standings:
     """Return the standings of peers that have taken part in nothing yet."""
     n = len(weights)
-    none = np.zeros(n)
-    standings = Standings(none, none.copy(), np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, bool), cells)
+    (mass, heads), (origin, seen, parts) = np.zeros((2, n)), np.zeros((3, n), dtype=np.int64)
+    standings = Standings(mass, heads, origin, seen, np.zeros(n, dtype=bool), parts, cells)
     standings.enter(np.arange(n), weights)
     return standings
 
 
 @dataclass(frozen=True)
 class SharesOfGroups:
-    """What the members of round `number` weigh, as `mpd.mass.Shares`: by member (m,), and `whole` by group."""
+    """What the members of round `number` weigh, as `mpd.mass.Shares`: by member (m,), and `whole` by group.
+
+    Lines are never cut: `parts` of a group is 1.
+    """
 
     number: int
     shape: Shape
@@ -61,16 +70,17 @@ def shares(standings: Standings, groups: Groups, number: int, shape: Shape, exac
     """Return what the members of the groups of round `number` weigh. Each group must be one line of the grid."""
     axis = axis_of(number, shape)
     who = groups.members
-    if axis == 0 or not exact:
-        whole = np.full(groups.n_groups, exact or len(shape) == 1)
-        return SharesOfGroups(number, shape, standings.mass[who], np.ones(len(who)), whole)
+    if axis == 0:
+        return SharesOfGroups(
+            number, shape, standings.mass[who], np.ones(len(who)), whole=np.ones(groups.n_groups, dtype=bool)
+        )
     stands = standings.seen[who] == number - 1
     mates = _Mates(standings.origin[who], groups, stands)
     part = np.where(stands, 1 / mates.counts, 0.0)
     return SharesOfGroups(
         number,
         shape,
-        weights=standings.mass[who] * part,
+        weights=standings.mass[who] * part if exact else standings.mass[who],
         heads=standings.heads[who] * part,
         whole=_are_whole(standings, groups, stands, mates, axis, shape[axis]),
     )
@@ -91,16 +101,17 @@ class _Mates:
 
 
 def _are_whole(standings: Standings, groups: Groups, stands: Bools, mates: _Mates, axis: int, m: int) -> Bools:
-    """True for groups in which each of the `m` cells is there, with one origin that no other cell has, and is full."""
+    """True for groups in which each of the `m` cells is there with all its origins, no other cell's, and is full."""
     who, group_of = groups.members[stands], groups.group_of_member[stands]
     coordinates = standings.cells[who, axis]
-    n_cells = np.bincount(np.unique(group_of * m + coordinates) // m, minlength=groups.n_groups)
-    pairs = np.unique(mates.index * m + coordinates)  # a claim belongs to one group already
-    group_of_claim = np.zeros(int(mates.index.max(initial=-1)) + 1, dtype=np.int64)
-    group_of_claim[mates.index] = group_of
-    n_pairs = np.bincount(group_of_claim[pairs // m], minlength=groups.n_groups)
-    all_full = np.bincount(group_of[~standings.full[who]], minlength=groups.n_groups) == 0
-    return np.asarray(all_full & (n_cells == m) & (mates.n_origins == m) & (n_pairs == m))
+    cells = group_of * m + coordinates
+    one_of_pair = np.unique(mates.index * m + coordinates, return_index=True)[1]  # a claim is of one group only
+    n_origins = np.bincount(cells[one_of_pair], minlength=groups.n_groups * m)
+    n_cells = (n_origins.reshape(-1, m) > 0).sum(axis=1)
+    n_pairs = np.bincount(group_of[one_of_pair], minlength=groups.n_groups)
+    is_good = standings.full[who] & (standings.parts[who] == n_origins[cells])
+    all_good = np.bincount(group_of[~is_good], minlength=groups.n_groups) == 0
+    return np.asarray(all_good & (n_cells == m) & (n_pairs == mates.n_origins))
 
 
 def after(
@@ -130,6 +141,7 @@ def after(
     standings.origin[ends] = first_id + of
     standings.seen[ends] = number
     standings.full[ends] = full[of]
+    standings.parts[ends] = 1
     standings.cells[ends] = cells[completed]
 
 

@@ -119,8 +119,10 @@ class Moshpit(Policy):
     def mix(self, values: Floats, meeting: Meeting, lost_at: Floats | None = None) -> Mixed:
         """Average by mass, move everybody who completed the round, and certify what can be certified."""
         assert isinstance(meeting, Groups)
-        if self.axis == 0 or not self.exact:
+        if self.axis == 0:
             self.standings.enter(meeting.members, self.weights[meeting.members])
+        elif not self.exact:
+            self.standings.weigh(meeting.members, self.weights[meeting.members])
         weighed = shares(self.standings, meeting, self.number, self.shape, self.exact)
         exchanged = exchange(values, meeting, weighed.weights, lost_at)
         exact, heads = certificates(meeting, weighed, exchanged.contributed)
@@ -131,7 +133,8 @@ class Moshpit(Policy):
         self.number += 1
         mixed = _uncertified(self.n_peers, ends := meeting.members[exchanged.completed])
         of = meeting.group_of_member[exchanged.completed]
-        mixed.exact[ends] = exact[of]
+        if self.exact or len(self.shape) == 1:  # otherwise heads have moved, but no mass with them
+            mixed.exact[ends] = exact[of]
         mixed.heads[ends] = heads[of]
         return mixed
 
