@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from e2e_swarm import STEP_S, Array, DaemonProcess, Swarm, averagers, eventually, new_run, step_all
 
 from mpd.client import Averager, Outcome
@@ -30,6 +31,9 @@ KILLED_OF, N_KILLS = (16, 24) if SOAK else (9, 4)
 GROWTH = (8, 32, 12) if SOAK else (4, 11, 5)
 PATIENCE_S = 180.0 if SOAK else 60.0
 GROWN_AT_ONCE = 4  # a machine with two cores starts no more at the same time
+
+
+pytestmark = pytest.mark.timeout(3600 if SOAK else 120)  # it starts more than ten daemons
 
 
 def grown(swarm: Swarm, n: int) -> list[DaemonProcess]:
