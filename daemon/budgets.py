@@ -122,11 +122,17 @@ class ByteGate:
         self.refused = 0
         self._queue: deque[tuple[int, trio.Event]] = deque()
 
+    def take_nowait(self, n: int) -> bool:
+        """Take `n` bytes if they are there and nobody waits; return whether."""
+        if self._queue or not self._fits(n):
+            return False
+        self._grant(n)
+        return True
+
     async def take(self, n: int) -> None:
         """Take `n` bytes as soon as they are there. Cancelled: nothing was taken."""
         await trio.lowlevel.checkpoint()
-        if not self._queue and self._fits(n):
-            self._grant(n)
+        if self.take_nowait(n):
             return
         self.refused += 1
         ticket = (n, trio.Event())

@@ -7,7 +7,7 @@ agreed on. An unknown handle costs us nothing and gets no answer; a wrong HELLO 
 who sees the handle pass could burn it.
 
 A `DataChannel` is such a connection in use. It works on the raw non-blocking socket: try the call, wait only when the
-kernel says so. Whoever uses it gives way to other tasks once per record.
+kernel says so. Others get their turn at least once for each record received; after those sent, its user sees to that.
 """
 
 import contextlib
@@ -316,9 +316,11 @@ class Stages:
         self._free: dict[int, list[memoryview]] = {}
 
     async def take(self, n_bytes: int) -> memoryview:
-        """Return a view of `n_bytes`, as soon as there is room. Cancelled: nothing was taken."""
-        capacity = max(_MIN_STAGE_BYTES, 1 << (n_bytes - 1).bit_length()) if n_bytes else _MIN_STAGE_BYTES
-        await self._gate.take(capacity)
+        """Return a view of `n_bytes`: at once if there is room, else as soon as there is. Cancelled: took nothing."""
+        # A power of two and a tag: a chunk of just that size, sealed, would otherwise occupy twice its length.
+        capacity = max(_MIN_STAGE_BYTES, 1 << (n_bytes - TAG_BYTES - 1).bit_length()) + TAG_BYTES
+        if not self._gate.take_nowait(capacity):
+            await self._gate.take(capacity)
         free = self._free.get(capacity)
         return (free.pop() if free else memoryview(bytearray(capacity)))[:n_bytes]
 
@@ -353,6 +355,7 @@ class DataChannel:
         self._stages = stages
         self._rx_stage: memoryview | None = None
         self._congestion = congestion.Congestion(sock)
+        self._has_waited = False  # for bytes of this record: others had their turn meanwhile
 
     @property
     def wear(self) -> float:
@@ -432,6 +435,9 @@ class DataChannel:
         not, OSError if the connection ends.
         """
         n_wire = n_bytes + (TAG_BYTES if self.is_sealed else 0)
+        if not self._has_waited:
+            await trio.lowlevel.checkpoint()
+        self._has_waited = False
         stage = view = self._rx_stage = await self._stages.take(n_wire)
         got, began = 0, trio.current_time()
         while got < n_wire:
@@ -475,6 +481,7 @@ class DataChannel:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
             self._low_water = low_water
         await trio.lowlevel.wait_readable(self._sock)
+        self._has_waited = True
 
     def _receive(self, buffers: list[memoryview], *, is_inside: bool) -> int:
         """Return how many bytes have come; 0: none at the moment. Raises OSError at the end of the connection."""

@@ -15,7 +15,7 @@ from mpd.errors import LocalError
 from mpd.layout import ITEM_BYTES, Segment
 
 MIN_CHUNK_BYTES = 64 * 1024
-MAX_CHUNK_BYTES = 1024 * 1024
+MAX_CHUNK_BYTES = 2 * 1024 * 1024  # a record costs as much Python whatever its length
 FIRST_CHUNK_BYTES = 256 * 1024
 CHUNK_S = 0.02
 BORDER_BYTES = 64
@@ -111,7 +111,7 @@ def tempered_fractions(bandwidths: Sequence[float], inbound: Sequence[bool]) -> 
 
 
 def chunk_bytes_for(vector_bytes: int, n_members: int, bandwidth: float) -> int:
-    """Return the chunk size for a vector: about eight chunks per mean shard, in steps of 64 KiB, 64 KiB to 1 MiB.
+    """Return the chunk size for a vector: about eight chunks per mean shard, in steps of 64 KiB, 64 KiB to 2 MiB.
 
     A receiver can tell progress from silence only once a whole record has arrived and been opened, so a chunk takes no
     more than about 20 ms of `bandwidth`, that of the slowest member in bytes per second. 0 means that nobody has

@@ -128,7 +128,8 @@ def test_members_that_differ_certainly_reduce_by_their_bandwidth():
         (2 * 5 * MIB, 2, 640 * KIB),
         (16 * MIB, 2, MIB),
         (64 * MIB, 8, MIB),
-        (2**40, 48, MIB),
+        (64 * MIB, 4, 2 * MIB),
+        (2**40, 48, 2 * MIB),
     ],
 )
 def test_chunk_sizes_follow_the_shard(vector_bytes, n_members, expected):
@@ -143,12 +144,13 @@ def test_chunk_sizes_follow_the_shard(vector_bytes, n_members, expected):
         (1e6, 64 * KIB),  # 8 Mbit/s: 20 ms are 20 kB, but 64 KiB is the least
         (12.5e6, 192 * KIB),  # 100 Mbit/s
         (50e6, 960 * KIB),
-        (125e6, MIB),
-        (1e308, MIB),
+        (60e6, 1152 * KIB),
+        (125e6, 2 * MIB),
+        (1e308, 2 * MIB),
     ],
 )
 def test_chunks_are_short_on_slow_links(bandwidth, expected):
-    assert chunk_bytes_for(64 * MIB, 8, bandwidth) == expected
+    assert chunk_bytes_for(256 * MIB, 8, bandwidth) == expected
     assert chunk_bytes_for(MIB, 8, bandwidth) == 64 * KIB
 
 

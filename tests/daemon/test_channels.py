@@ -510,10 +510,10 @@ def test_what_the_wire_calls_a_greeting_is_what_the_door_reads() -> None:
 
 
 async def test_records_wait_for_memory_instead_of_taking_more(autojump_clock: trio.testing.MockClock) -> None:
-    gate = ByteGate(16384)
+    gate = ByteGate(2 * (8192 + TAG_BYTES))
     shared = Stages(gate)
     first, second = await shared.take(5000), await shared.take(8192)
-    assert (len(first), len(second), gate.used) == (5000, 8192, 16384)
+    assert (len(first), len(second), gate.used) == (5000, 8192, gate.limit)
     arrived: list[memoryview] = []
 
     async def wait() -> None:
