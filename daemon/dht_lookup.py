@@ -115,7 +115,10 @@ class Seeker:
         now_ms = self._clock()
         found: dict[bytes, WireRecord] = {}
         strangers: dict[bytes, list[Any]] = {}
+        liars: set[bytes] = set()
         for node, records in sources:
+            if node is not None and node.id in liars:
+                continue  # what it said on other pages is worth no more
             for record in records:
                 publisher = record.public_key
                 if not valid(record, now_ms):
@@ -123,6 +126,8 @@ class Seeker:
                 if publisher not in found or record.seq > found[publisher].seq:
                     if not self._proofs.is_genuine(key, record):
                         self._refused["forged record"] += 1
+                        if node is not None:
+                            liars.add(node.id)
                         break
                     found[publisher] = record
                 if node is not None and not self._proofs.is_member(publisher):
