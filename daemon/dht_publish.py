@@ -69,6 +69,7 @@ class Publisher:
         self._forget(key)
         life_ms = int(life_s * 1000)
         own = self._own[key] = _Own(value, life_ms, self._sign(key, value, life_ms))
+        self._renew_later(key, own)
         await self._publish(key, own)
 
     async def withdraw(self, key: bytes) -> None:
@@ -102,10 +103,6 @@ class Publisher:
     async def _publish(self, key: bytes, own: _Own) -> None:
         if self._own.get(key) is not own:
             return  # withdrawn or replaced since this was decided
-        if own.timer is not None:
-            own.timer.cancel()
-        due_s = own.life_ms / 3000 * self._rng.uniform(0.9, 1.0)
-        own.timer = self._loop.call_later(due_s, lambda: self._spawn(self._renew(key, own)))
         self._protocol.storage.put(key, own.record)
         record = own.record
         held = await self._store(key, record)
@@ -115,7 +112,13 @@ class Publisher:
     async def _renew(self, key: bytes, own: _Own) -> None:
         if self._own.get(key) is own:
             own.record, own.holders = self._sign(key, own.value, own.life_ms), set()
+            self._renew_later(key, own)
             await self._publish(key, own)
+
+    def _renew_later(self, key: bytes, own: _Own) -> None:
+        """A record has just been signed. Only that counts: however often it is handed out, it ages."""
+        due_s = own.life_ms / 3000 * self._rng.uniform(0.9, 1.0)
+        own.timer = self._loop.call_later(due_s, lambda: self._spawn(self._renew(key, own)))
 
     async def _store(self, key: bytes, record: WireRecord) -> set[bytes]:
         """Have the nearest nodes hold `record`. Return the ids of those that do."""

@@ -146,6 +146,26 @@ def test_with_thirty_percent_churn_all_that_lives_is_found_and_the_dead_are_gone
     run_virtual(test)
 
 
+def test_records_are_renewed_however_often_others_come_and_go() -> None:
+    """To give a newcomer a record, or somebody else because a holder has gone, must not put off its renewal."""
+
+    async def test(loop: VirtualLoop) -> None:
+        swarm = Swarm(loop, seed=3)
+        for _ in range(3):
+            await swarm.add()
+        await loop.pass_time(5)
+        await swarm.publish(0)
+        guest = await swarm.add()
+        while loop.time() < 2 * TTL_S:
+            swarm.kill(guest)
+            guest = await swarm.add()
+            await loop.pass_time(5)
+            assert await swarm.live[guest].seek(key_of(0)), loop.time()
+        await swarm.close()
+
+    run_virtual(test)
+
+
 def sides(left: set[int]) -> Callable[[Address, Address], bool]:
     return lambda a, b: (a[1] - 1000 in left) is not (b[1] - 1000 in left)
 
