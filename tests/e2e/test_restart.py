@@ -308,7 +308,7 @@ class Scene:
             case "waiting":
                 eventually(lambda: victim.is_waiting(self._run), "the step has begun")
             case "matched":
-                eventually(self._has_matched, "a group has begun")
+                eventually(lambda: self._has_matched() or moved_bytes(victim) > begin, "a group has begun")
             case "exchanging":
                 wait_for_moved_bytes(victim, begin + whole / 2)
             case "committing":

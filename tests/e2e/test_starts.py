@@ -25,6 +25,9 @@ from e2e_swarm import (
     wait_for_company,
 )
 
+from mpd.daemon.dht_node import DhtConfig
+
+REPLICAS = DhtConfig.replicas
 SOON_S = 2.5 if SOAK else 10.0  # the short form runs beside other tests
 WRONG_CLOCK = [sys.executable, str(Path(__file__).parent.parent / "e2e_clock.py")]
 
@@ -93,7 +96,11 @@ def test_a_swarm_whose_bootstraps_have_all_died_lives_on(score: Score) -> None:
 
 
 def test_many_daemons_that_start_at_once_all_join(score: Score) -> None:
-    """The goal counts from the moment at which the last process has started: fifty starts cost half a minute here."""
+    """The goal counts from the moment at which the last process has started: fifty starts cost half a minute here.
+
+    Whoever knows as many nodes as hold a record can publish and find. That it can is tried with four, the last one among
+    them: they meet in a run. Which of the others each one knows is left to the DHT.
+    """
     n = size(12, 50)
     with Swarm() as swarm:
         first = swarm.new().start().wait_ready()
@@ -101,17 +108,18 @@ def test_many_daemons_that_start_at_once_all_join(score: Score) -> None:
         for daemon in others:
             daemon.wait_ready(patience_s=3.0 * n)  # so many processes share two cores while they start
         began = time.monotonic()
-        eventually(lambda: all(peers_of(daemon) >= min(n - 1, 20) for daemon in others), "all have joined", swarm.log)
-        joined_s = time.monotonic() - began
-        run = new_run()
-        with averagers(swarm.daemons[:4], run, ones(4)) as attached:
-            wait_for_company(swarm.daemons[:4], run)
+        eventually(lambda: all(peers_of(daemon) >= REPLICAS for daemon in others), "all have joined", swarm.log)
+        run, four = new_run(), [swarm[i * (n - 1) // 3] for i in range(4)]
+        with averagers(four, run, ones(4)) as attached:
+            wait_for_company(four, run)
+            joined_s = time.monotonic() - began
             assert all(len(outcome.contributors) == 4 for outcome in step_all(attached))
         score(
             30,
             "all of 50 daemons that start at once join <= 10 s",
             daemons=n,
             joined_s=round(joined_s, 2),
+            fewest_known=min(map(peers_of, others)),
             form="full" if SOAK else "short",
         )
         assert joined_s <= 10.0
