@@ -101,6 +101,7 @@ class Lobby:
         self._post: _Post | None = None
         self._begun: _Post | None = None  # the slot of the group that began last
         self._phases_at = float("-inf")  # when we last looked where most of our lines is
+        self._early: dict[PeerId, Here] = {}  # what peers said in a shape to which we have not gone over yet
         self._lost: set[PeerId] = set()  # company of our line that has gone without a goodbye
         self._was_deserted = False  # the last step found that nobody else has announced the run
         self._was_alone = False  # the last step came to no group
@@ -214,8 +215,29 @@ class Lobby:
             self._post.matchmaker.cancel(trio.current_time(), "the run goes on in another shape")
             self._pump(self._post)
         self.shaping.go_by(record)
+        self._was_deserted = False
         self.last_cell, self.number, self.cell = cell, number, cell
         self._stand(line_size=record.n_peers if len(record.shape) == 1 else None)
+        self._expect_others()
+
+    def _expect_others(self) -> None:
+        """We have gone over to another shape: let everybody know, and await those who will stand in our line there."""
+        record, post = self.record, self._post
+        if record is None or post is None:
+            return
+        axis = axis_of(self.number, record.shape)
+        for peer in filter(self._contacts.is_linked, self._roster.others):
+            cell = record.first_cell(peer) if len(record.shape) > 1 else self.cell
+            if cell is not None and line_of(cell, axis) == line_of(self.cell, axis):
+                self._meet(post, peer)
+            else:
+                self._contacts.say(peer, Here(self.run, post.slot, post.number, False, 0, record.epoch))
+        early, self._early = self._early, {}
+        for peer, here in early.items():
+            if here.slot == post.slot and post.matchmaker.may_meet(here.number):
+                self._meet(post, peer)
+                post.matchmaker.on_message(trio.current_time(), peer, here)
+        self._pump(post)
 
     async def _settle_shape(self) -> None:
         # Each of us begins at its own place in the order, so no ids, however chosen, are called first by everybody.
@@ -335,7 +357,11 @@ class Lobby:
             self._nudge()
             if not await self._await_shape(deadline):
                 return self._alone(Alone(self.reason, {}))
-            verdict, post = await self._match(standing, deadline)
+            verdict, post = await self._match(standing, deadline, may_leave=True)
+            if verdict is None:
+                await (self.begin_cycle if self.terms.rounds == "exact" else self._adopt)(deadline)
+                verdict, post = await self._match(standing, deadline)
+            assert verdict is not None, "one leaves for another shape once in a step"
         finally:
             self._wanted -= 1
         self._was_alone = isinstance(verdict, Alone)
@@ -362,10 +388,17 @@ class Lobby:
                 await self._changed.wait()
         return True
 
-    async def _match(self, standing: Callable[[Cell], Standing], deadline: float) -> tuple[Begun | Alone, _Post]:
-        """Be ready in the slot where this peer stands, until that comes to an end."""
-        post = self._post
+    async def _match(
+        self, standing: Callable[[Cell], Standing], deadline: float, *, may_leave: bool = False
+    ) -> tuple[Begun | Alone | None, _Post]:
+        """Be ready in the slot where this peer stands, until that comes to an end; None: the run goes on elsewhere.
+
+        That is believed where a cycle begins, and later only by whoever has nobody left to go on with.
+        """
+        post, record = self._post, self.record
         assert post is not None
+        assert record is not None
+        begins_cycle = axis_of(post.number, record.shape) == 0
         machine = post.matchmaker
         now = trio.current_time()
         post.is_ready = True
@@ -384,6 +417,10 @@ class Lobby:
                     await self._changed.wait()
                 machine.on_tick(trio.current_time())
                 self._pump(post)
+                is_over = self.shaping.should_follow and (begins_cycle or machine.is_alone)
+                if may_leave and is_over and machine.verdict is None:
+                    self._take_back(post)
+                    return None, post
         except BaseException:
             self._take_back(post)
             raise
@@ -610,6 +647,8 @@ class Lobby:
                 link.send(Declined(message.slot, "older_record", detail, epoch=epoch))
             elif isinstance(message, Join):
                 link.send(Declined(message.slot, "other_number", f"the next round here is {self.number}"))
+            if isinstance(message, Quit):
+                self._early.pop(link.peer, None)
             self._nudge()  # it knows more of this run than we do
         else:
             if isinstance(message, Join):
@@ -620,17 +659,21 @@ class Lobby:
                 post.company.discard(link.peer)
             post.matchmaker.on_message(trio.current_time(), link.peer, message)
             self._pump(post)
-        if isinstance(message, Here) and (post is None or post.matchmaker.verdict is not None):
+        if isinstance(message, Here) and self.record is not None and message.epoch > self.record.epoch:
+            self._early[link.peer] = message  # we shall come, and may then be late
+        elif isinstance(message, Here) and (post is None or post.matchmaker.verdict is not None):
             link.send(Quit(message.slot))  # nobody should wait for us there
         if isinstance(message, Begin) and not self._is_part_of(message):
             self._services.refuse(RoundId(message.round_id))
 
     def stands_in(self, key: bytes) -> bool:
-        """Return True if `key` is a slot of this lobby."""
-        return any(post is not None and post.slot == key for post in (self._post, self._begun))
+        """Return True if `key` is a slot of this lobby, or may be one soon."""
+        slots = [post.slot for post in (self._post, self._begun) if post is not None]
+        return key in slots or any(here.slot == key for here in self._early.values())
 
     def on_gone(self, peer: PeerId, reason: str) -> None:
         """The peer said goodbye, or its link ended."""
+        self._early.pop(peer, None)
         self._contacts.went(peer, reason)
 
     def _on_absent(self, peer: PeerId, reason: str) -> None:

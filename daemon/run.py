@@ -6,7 +6,6 @@ a cycle of as many rounds as the grid has axes, each starting from the result of
 the result of the last good one stands. Nothing is written to a region that somebody may still read.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -314,7 +313,9 @@ class Run:
         self._standing = None
         if is_exact:
             await self.lobby.begin_cycle(deadline)
-        for turn in itertools.count(1):
+        turn = 0
+        while True:
+            turn += 1
             entering, record, number = standing, self.lobby.record, self.lobby.number
 
             def bring(
@@ -325,8 +326,8 @@ class Run:
                 return self._bring(entering if is_same_grid else None, self.lobby.number, weight, cell)
 
             verdict = await self.lobby.form(bring, deadline)
-            if self.lobby.record is not record:
-                standing = None
+            if self.lobby.record is not record:  # the run goes on in another shape, and we begin there afresh
+                standing, turn = None, 1
             n_rounds = max(1, len(self.lobby.shape)) if is_exact else 1
             n_left = -self.lobby.number % n_rounds  # the lobby stands where the next round will be
             where = "" if n_rounds == 1 else f"round {n_rounds - n_left} of {n_rounds}: "
@@ -349,7 +350,7 @@ class Run:
                 standing = self._bring(standing, number, weight, self.lobby.last_cell)
                 standing = self._account(tally, session, standing, where, absent)
                 ends_cycle = (number + 1) % max(1, len(self.lobby.shape)) == 0
-            if not n_left or turn == n_rounds:
+            if not n_left or turn >= n_rounds:
                 break
         if is_exact or ends_cycle:
             self.lobby.shaping.note_cycle(tally.heads, is_certified=tally.heads_certified)

@@ -198,15 +198,21 @@ class Shaping:
             if self._is_behind:  # whoever spoke of it may have made it up
                 self._heard = 0
                 self._vain_until = trio.current_time() + _IN_VAIN_S
-        record, successor = self.record, self.successor
-        if record is None or successor is None:
-            return None
-        if self._heard < successor.epoch != record.epoch:
+        successor = self.successor
+        if successor is None or not self.should_follow:
             return None  # those whom we tell in this cycle will come with us in the next
         with trio.move_on_at(min(now + 2 * _NEWS_S, now + (deadline - now) / 2)):
             cell, number = await self._roster.first_place(successor)
             return successor, cell, number
         return None
+
+    @property
+    def should_follow(self) -> bool:
+        """Whether others go by a record that we have read, or will when this cycle ends."""
+        record, successor = self.record, self.successor
+        if record is None or successor is None:
+            return False
+        return self._heard >= successor.epoch or successor.epoch == record.epoch
 
     def go_by(self, record: ShapeRecord) -> None:
         """From now on `record` is the one."""

@@ -447,6 +447,21 @@ def test_the_leader_of_a_line_that_is_cut_begins_groups_without_itself() -> None
     assert machine.state is BEGUN
 
 
+def test_a_begin_of_a_cut_line_may_come_from_a_member_before_the_leader_s() -> None:
+    """To refuse it, and to follow the leader's a moment later, would be to leave the round and to wait for it."""
+    machine = in_state(FOLLOWING)
+    machine.on_message(1.0, FOLLOWER, begin(FOLLOWER, ME, parts=2))
+    assert machine.state is BEGUN
+
+
+def test_whoever_has_lost_all_it_knew_is_alone() -> None:
+    machine = in_state(SEEKING)
+    assert not machine.is_alone
+    for who in (LEADER, FOLLOWER, SMALLER, IDLE):
+        machine.on_gone(1.0, who, "gone")
+    assert machine.is_alone
+
+
 @pytest.mark.parametrize("sender", [SMALLER, FOLLOWER])
 def test_nobody_else_may_begin_a_group_without_itself(sender: PeerId) -> None:
     machine = in_state(FOLLOWING)

@@ -21,7 +21,7 @@ from mpd.daemon.runs import Switchboard
 from mpd.daemon.state_desk import StateDesk
 from mpd.deadlines import MIN_SAMPLES, PROGRESS, WINDOW
 from mpd.errors import PeerError
-from mpd.grid import Cell, axis_of, line_of, on_grid
+from mpd.grid import Cell, axis_of, line_of, on_grid, slot
 from mpd.ids import PeerId, show_peer
 from mpd.layout import Terms
 from mpd.mass import Shares, Standing, after, certificate, enter
@@ -993,6 +993,50 @@ async def test_whoever_stands_where_we_are_not_hears_so_and_is_no_company(
     link.send(Here(RUN, one.lobby._post.slot, 1 << 40, True, 1))
     await sleep(0.05)
     assert one.lobby.company == []
+
+
+async def test_whoever_waits_where_the_others_have_left_follows_them_and_knows_who_is_there(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    one, other = await settled(Swarm(nursery), 2)
+    assert one.lobby.record is not None
+    successor = replace(one.lobby.record, epoch=2)
+    there = slot(RUN, successor, 0, line_of(one.lobby.cell, 0))
+    here = Here(RUN, there, 0, ready=False, stamp=0, epoch=2)
+    link = other.daemon.peers.get(one.own)
+    assert link is not None
+
+    async with trio.open_nursery() as steps:
+        steps.start_soon(one.ask)
+        await sleep(0.1)
+        link.send(here)
+        link.send(Quit(there))
+        link.send(here)
+        await sleep(0.1)
+        assert (one.lobby.record.epoch, one.lobby._early) == (1, {other.own: here})  # it has to read the record first
+        one.lobby.shaping.successor = successor
+        await sleep(0.5)
+        assert one.lobby.record == successor
+        assert one.lobby.company == [other.own]
+        assert Quit(there) not in link.far.said
+        steps.cancel_scope.cancel()
+
+
+async def test_whoever_says_where_it_stands_and_leaves_before_we_come_is_not_waited_for(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    one, other = await settled(Swarm(nursery), 2)
+    link = other.daemon.peers.get(one.own)
+    assert link is not None
+    link.send(Here(RUN, b"?" * 20, 0, ready=True, stamp=1, epoch=7))
+    link.send(Quit(b"?" * 20))
+    await sleep(0.1)
+    assert not one.lobby.stands_in(b"?" * 20)
+    link.send(Here(RUN, b"?" * 20, 0, ready=True, stamp=1, epoch=7))
+    await sleep(0.1)
+    other.die()
+    await sleep(0.1)
+    assert not one.lobby.stands_in(b"?" * 20)
 
 
 async def test_a_begin_that_comes_too_late_is_refused(nursery: trio.Nursery, autojump_clock: MockClock) -> None:

@@ -98,8 +98,8 @@ def test_a_swarm_whose_bootstraps_have_all_died_lives_on(score: Score) -> None:
 def test_many_daemons_that_start_at_once_all_join(score: Score) -> None:
     """The goal counts from the moment at which the last process has started: fifty starts cost half a minute here.
 
-    Whoever knows as many nodes as hold a record can publish and find. That it can is tried with four, the last one among
-    them: they meet in a run. Which of the others each one knows is left to the DHT.
+    Whoever knows as many nodes as hold a record can publish and find. That it can is tried with four, the last one
+    among them: they meet in a run. Which of the others each one knows is left to the DHT.
     """
     n = size(12, 50)
     with Swarm() as swarm:
