@@ -137,6 +137,20 @@ class Company:
     async def pass_time(self, seconds: float) -> None:
         await trio.sleep_until(trio.current_time() + seconds)
 
+    async def until_exact(self, epoch: int, limit_s: float) -> int:
+        """Return the newest epoch, after `epoch`, once all have been in one exact mean in it, and a while after that."""
+        deadline = trio.current_time() + limit_s
+        while trio.current_time() < deadline:
+            await self.pass_time(0.5)
+            last, n = [trainee.strides[-1] for trainee in self.here if trainee.strides], len(self.here)
+            (*_, newest) = sorted(epochs(self))
+            exact = [(s.epoch, s.stepped.exact, s.stepped.heads) == (newest, True, n) for s in last]
+            if newest > epoch and len(exact) == n and all(exact):
+                await self.pass_time(2)
+                assert epochs(self) == {newest}
+                return newest
+        raise AssertionError(f"not exact within {limit_s} s: {epochs(self)}, {self.last()}")
+
     def last(self) -> list[Stepped]:
         return [trainee.strides[-1].stepped for trainee in self.here if trainee.strides]
 
@@ -155,16 +169,13 @@ async def test_a_swarm_grows_and_shrinks_and_is_exact_again_by_itself(
     assert [(s.exact, s.heads) for s in company.last()] == [(True, 8)] * 8
 
     await company.come(MOST - 8)
-    await company.pass_time(22)
-    (epoch,) = epochs(company)
-    assert epoch > 1
+    epoch = await company.until_exact(1, 22)
     assert {trainee.run.lobby.shape for trainee in company.here} == {fit(MOST, GROUP_SIZE)}
     assert [(s.exact, s.heads) for s in company.last()] == [(True, MOST)] * MOST
     check_first_cycles(company, epoch)
 
     company.die(MOST - FEWEST)
-    await company.pass_time(45)
-    (epoch,) = epochs(company)
+    epoch = await company.until_exact(epoch, 45)
     assert [(s.exact, s.heads) for s in company.last()] == [(True, FEWEST)] * FEWEST
     check_first_cycles(company, epoch)
     nursery.cancel_scope.cancel()
@@ -244,8 +255,7 @@ async def test_if_the_one_that_should_write_is_dead_another_one_does(
     writer = min(company.here, key=lambda trainee: trainee.own)
     await company.come(8)
     company.kill(writer)
-    await company.pass_time(22)
-    assert all(trainee.epoch > 1 for trainee in company.here)
+    await company.until_exact(1, 22)
     assert sum(trainee.run.lobby.shaping.describe()["written"] for trainee in company.here) >= 1
     nursery.cancel_scope.cancel()
 
@@ -270,16 +280,15 @@ async def test_a_record_that_nobody_would_write_is_not_followed(
     company = Company(nursery, 8)
     await company.come(8)
     await company.pass_time(5)
-    liar = company.swarm.daemon()
     digest = company.here[0].run.terms.digest
     for lie in (
         ShapeRecord(1 << 50, 8, fit(8, GROUP_SIZE), digest),
         ShapeRecord(2, MAX_PEERS, fit(MAX_PEERS, GROUP_SIZE), digest),
         ShapeRecord(2, 9, (3, 3), digest),
     ):
-        await liar.rendezvous.announce(shape_key("run", digest), RECORDS.encode(lie), 60)
-        await company.pass_time(15)
-        assert epochs(company) == {1}
+        await company.swarm.daemon().rendezvous.announce(shape_key("run", digest), RECORDS.encode(lie), 60)
+    await company.pass_time(15)
+    assert epochs(company) == {1}
     nursery.cancel_scope.cancel()
 
 
