@@ -145,7 +145,10 @@ class Admitter:
         if invite.admitter != swarm.own:
             raise PeerError(f"this invite is for admitter {show_peer(invite.admitter)}, not for this one")
         if not any(map(signed.is_signed_by, (swarm.public_key, raw_public(swarm.root)))):
-            raise PeerError("this invite was signed neither by this admitter nor by the root of the swarm")
+            raise PeerError(
+                "this invite is not as it was made: this admitter and the root of the swarm have signed another one; paste "
+                "the whole token again, or ask for a new one"
+            )
         if self._wall() > invite.not_after_s:
             raise PeerError(f"this invite expired on {_date(invite.not_after_s)}: ask for a new one")
         if invite.peer not in (None, applicant):
