@@ -146,8 +146,8 @@ class Admitter:
             raise PeerError(f"this invite is for admitter {show_peer(invite.admitter)}, not for this one")
         if not any(map(signed.is_signed_by, (swarm.public_key, raw_public(swarm.root)))):
             raise PeerError(
-                "this invite is not as it was made: this admitter and the root of the swarm have signed another one; paste "
-                "the whole token again, or ask for a new one"
+                "this invite is not as it was made: neither this admitter nor the root of the swarm has signed it; "
+                "paste the whole token again, or ask for a new one"
             )
         if self._wall() > invite.not_after_s:
             raise PeerError(f"this invite expired on {_date(invite.not_after_s)}: ask for a new one")

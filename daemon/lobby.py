@@ -505,7 +505,7 @@ class Lobby:
                     peer = peer_id(member.peer)
                     self._contacts.came(peer, Endpoint(member.host, member.port) if member.port else None)
                     post.company.add(peer)
-            self._stand(silent=frozenset(begin.left_out))
+            self._stand(silent=frozenset(begin.left_out), together=frozenset(member.peer for member in begin.members))
         else:
             cell = next_cell(self.cell, begin.number, place, self.record.n_peers, self.record.shape)
             self._go_to(begin.number + 1, cell)
@@ -527,10 +527,16 @@ class Lobby:
         self.number, self.cell = number, cell
         self._stand()
 
-    def _stand(self, line_size: int | None = None, silent: frozenset[bytes] = frozenset()) -> None:
+    def _stand(
+        self,
+        line_size: int | None = None,
+        silent: frozenset[bytes] = frozenset(),
+        together: frozenset[bytes] = frozenset(),
+    ) -> None:
         """Take a fresh stand in the slot of `number` and `cell`.
 
-        Those who are `silent` were waited for in vain; that one wait is all that a frozen peer costs.
+        Those who are `silent` were waited for in vain; that one wait is all that a frozen peer costs. Who goes there
+        `together` with us knows that by the same message, so nobody has to say so.
         """
         if self._is_aside:
             return
@@ -551,7 +557,7 @@ class Lobby:
         if old is not None and (old.slot, old.number) == (key, self.number):
             post.sought_at = old.sought_at
             for peer in sorted(old.company):
-                self._meet(post, peer, peer in silent)
+                self._meet(post, peer, peer in silent, peer in together)
         else:
             self._nudge()
         self._pump(post)
@@ -705,9 +711,10 @@ class Lobby:
         verdicts = [post.matchmaker.verdict for post in (self._post, self._begun) if post is not None]
         return any(isinstance(v, Begun) and v.begin.round_id == begin.round_id for v in verdicts)
 
-    def _meet(self, post: _Post, peer: PeerId, is_silent: bool = False) -> None:
+    def _meet(self, post: _Post, peer: PeerId, is_silent: bool = False, knows_us: bool = False) -> None:
         post.company.add(peer)
-        sighting = Sighting(peer, self._contacts.accepts_calls(peer), ready=False, stamp=0, silent=is_silent)
+        inbound = self._contacts.accepts_calls(peer)
+        sighting = Sighting(peer, inbound, ready=False, stamp=0, silent=is_silent, knows_us=knows_us)
         post.matchmaker.on_sighted(trio.current_time(), sighting)
 
     def _pump(self, post: _Post) -> None:

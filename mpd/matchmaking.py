@@ -133,6 +133,7 @@ class Matchmaker:
         peer = self._register.meet(now, sighting.peer, sighting.ready, revive=sighting.ready or self._ticket is None)
         peer.inbound = sighting.inbound
         peer.silent |= sighting.silent
+        peer.knows_us |= sighting.knows_us
         if sighting.ready:
             _invited_by(peer, sighting.stamp)
         self._settle(now)

@@ -101,7 +101,7 @@ MOVES: dict[State, dict[Move, State]] = {
 class Sighting:
     """A peer seen in this slot. `ready`, with its stamp, is its own word; without it this may be stale or hearsay.
 
-    `silent`: it was waited for in vain, and has said nothing since.
+    `silent`: it was waited for in vain, and has said nothing since. `knows_us`: it has seen us here in the same way.
     """
 
     peer: PeerId
@@ -109,6 +109,7 @@ class Sighting:
     ready: bool
     stamp: int
     silent: bool = False
+    knows_us: bool = False
 
 
 def rank(peer: PeerId, inbound: bool, stamp: int) -> Rank:

@@ -138,7 +138,7 @@ class Company:
         await trio.sleep_until(trio.current_time() + seconds)
 
     async def until_exact(self, epoch: int, limit_s: float) -> int:
-        """Return the newest epoch, after `epoch`, once all have been in one exact mean in it, and a while after that."""
+        """Return the newest epoch, after `epoch`, a while after all have been in one exact mean in it."""
         deadline = trio.current_time() + limit_s
         while trio.current_time() < deadline:
             await self.pass_time(0.5)
