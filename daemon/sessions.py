@@ -88,6 +88,7 @@ class RoundSession:
         self.members = tuple(peer_id(member.peer) for member in begin.members)
         self.finished = trio.Event()
         self.gone = trio.Event()
+        self._stirred = trio.Event()  # `run` has something to do before its time
         self.bytes_sent = 0
         self.bytes_received = 0
         self.exchange = Exchange(plan, vault, now)
@@ -115,7 +116,8 @@ class RoundSession:
                 now = trio.current_time()
                 wakeup = self.exchange.wakeup
                 with trio.move_on_at(min(wakeup if wakeup is not None else now + _TICK_S, now + _TICK_S)):
-                    await self.gone.wait()
+                    await self._stirred.wait()
+                self._stirred = trio.Event()
                 if not self.gone.is_set():
                     self.feed(self.exchange.on_tick)
             nursery.cancel_scope.cancel()
@@ -224,6 +226,8 @@ class RoundSession:
             except RoundFailed as error:  # our own values or sums are no good: the others go on without us
                 self.exchange.cancel(now, str(error))
             self._perform()
+            if (self.exchange.wakeup or math.inf) <= now:
+                self._stirred.set()
         except PeerError:
             raise
         except Exception as error:  # noqa: BLE001  # a bug costs the round
@@ -354,6 +358,7 @@ class RoundSession:
 
     def _leave(self) -> None:
         self.gone.set()
+        self._stirred.set()
         self._waiting.clear()
         for place in list(self._links):
             if self.exchange.confirmed >> place & 1:

@@ -4,6 +4,7 @@ A slot holds one version of its chunk; versions overwrite each other. A version 
 the very plan that calls for it is installed, and never again: closed twice, it could have two contents.
 """
 
+import itertools
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ class Chunks:
     """The slots, the open versions (`collector`), and the search for what is lacking (`seeker`).
 
     `plan` is the plan in force, `contributors[chunk]` the mask that belongs to the slot, `n_lacking` the number of
-    chunks of which the slot is not what the plan names.
+    chunks of which the slot is not what the plan names. `has_unclosed` says that `close_next` has something to do.
     """
 
     def __init__(self, round_plan: RoundPlan, vault: Vault, group: Group) -> None:
@@ -38,6 +39,7 @@ class Chunks:
         self.versions = [NO_VERSION] * round_plan.n_chunks
         self.contributors = [0] * round_plan.n_chunks
         self.n_lacking = round_plan.n_chunks
+        self.has_unclosed = False
         self.collector = Collector(round_plan, vault)
         self.seeker = Seeker(round_plan)
 
@@ -77,10 +79,20 @@ class Chunks:
         self._group.actions.extend(SendPiece(asker, chunk, version) for chunk, version in chunks)
 
     def close_what_is_ready(self) -> None:
-        """Who is waited for may have changed: close what waits for nobody any more."""
+        """Who is waited for may have changed: close what waits for nobody any more, one chunk now, the rest later."""
         self.collector.expect(self.plan.awaited & self._group.linked)
-        for chunk in self.collector.chunks():
+        self.close_next()
+
+    def close_next(self) -> None:
+        """Close one more of the chunks that wait for nobody.
+
+        A lost member may have been all that every chunk waited for, and to combine many vectors takes long: whoever
+        drives this member has other things to do in between.
+        """
+        ready = list(itertools.islice(filter(self.collector.is_ready, self.collector.chunks()), 2))
+        for chunk in ready[:1]:
             self._close_if_ready(chunk)
+        self.has_unclosed = len(ready) > 1
 
     def _close_if_ready(self, chunk: int) -> None:
         if not self.collector.is_ready(chunk):

@@ -78,6 +78,7 @@ class Exchange:
         self._replanner = Replanner(plan, self._group, self._chunks, self._agreement)
         self._patrol_at = now + PATROL * plan.progress_s
         self._must_review = True  # links, plan or sources have changed
+        self._unclosed_at: float | None = None  # since when chunks wait for nobody but us
 
     # ------------------------------------------------------------------------------------------------ what goes in
 
@@ -142,6 +143,8 @@ class Exchange:
             self.cancel(now, f"the round's time is over while it waits for {waiting_for}")
         if self.ended is not None:
             return
+        if self._chunks.has_unclosed:
+            self._chunks.close_next()
         if now >= self._patrol_at:
             self._patrol(now)
         attempt = self._agreement.attempt
@@ -172,6 +175,8 @@ class Exchange:
         times = [self._round.deadline]
         if self.ended is None:
             times.append(self._patrol_at)
+            if self._unclosed_at is not None:
+                times.append(self._unclosed_at)
             if self._replanner.retry_at is not None:
                 times.append(self._replanner.retry_at)
             attempt = self._agreement.attempt
@@ -266,6 +271,7 @@ class Exchange:
             self._do_or_fail(self._replanner.review, now)
         if self.ended is None:
             self._replanner.arm(now)
+        self._unclosed_at = now if self._chunks.has_unclosed else None
         if self.ended is Ended.SUCCESS and not self._group.linked & ~self.confirmed:
             self._leave()
 

@@ -360,6 +360,9 @@ def test_pieces_of_redone_chunks_are_asked_for_a_few_at_a_time() -> None:
     for chunk in (0, 1, 2, 4, 5, 6, 7, 8):
         exchange.on_piece(0.1, 0, chunk, 3, 1)
     exchange.on_tick(1.3)  # 0 has sent all that it was asked for, 2 has not
+    assert sum(map(bool, exchange.chunk_contributors)) == 2, "one after the other"
+    while exchange.wakeup == 1.3:
+        exchange.on_tick(1.3)
     assert exchange.chunk_contributors[:10] == [3, 3, 3, 7, 3, 3, 3, 3, 3, 0]
     assert messages(exchange)[-1] == (0, Ask(((16, 3),)))
 

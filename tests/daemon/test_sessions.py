@@ -9,6 +9,7 @@ succeeded hold the same bytes, and is anything left behind on links or in memory
 import contextlib
 import functools
 import gc
+import math
 import socket
 import weakref
 from collections import Counter
@@ -27,6 +28,7 @@ from mpd.daemon.links import MAX_REPAIRS, Landing, Link
 from mpd.daemon.sessions import RoundResult, RoundSession, Sessions
 from mpd.daemon.vault import RegionVault
 from mpd.deadlines import PROGRESS
+from mpd.exchange import Exchange
 from mpd.layout import ITEM_BYTES, Segment
 from mpd.messages import EXCHANGE, Begin, Commit, Done, Few, Member, Need, NewPlan, Scoped, UnknownRound, Want
 from mpd.reduce import AccumulatorPool, as_array, bf16_from_f32, members_of
@@ -580,6 +582,42 @@ async def test_a_round_that_nobody_else_begins_ends_in_time(jumping_clock: trio.
         assert not s.results[0].success
         assert trio.current_time() <= 7.5
         s.expect_nothing_left()
+
+
+async def test_what_is_due_now_is_done_now_and_other_tasks_have_their_turn_in_between(
+    jumping_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    due = math.inf
+    done: list[float] = []
+    turns = 0
+
+    def on_tick(exchange: Exchange, now: float) -> None:
+        nonlocal due
+        if due <= now:
+            assert turns > len(done)
+            done.append(now)
+            due = now if len(done) < 3 else math.inf
+
+    def becomes_due(now: float) -> None:
+        nonlocal due
+        due = now
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while len(done) < 3:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with swarm(2, played=[1]) as pair:
+        monkeypatch.setattr(Exchange, "wakeup", property(lambda exchange: due))
+        monkeypatch.setattr(Exchange, "on_tick", on_tick)
+        session = pair.join(0, pair.begin())
+        await trio.sleep(5.03)  # between two ticks
+        began = trio.current_time()
+        session.feed(becomes_due)
+        await take_turns()
+        assert done == [began] * 3
+        session.cancel("that was all")
 
 
 # -------------------------------------------------------------------------------------------------- who knows the round

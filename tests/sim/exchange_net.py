@@ -258,7 +258,8 @@ class Net:
                     check(i not in self.gone and member.gone, f"member {i} leaves twice")
                     self.leave(i)
         check((member.ended is None) == (i not in self.published), f"member {i} ended without a word")
-        check(member.gone or 0 < (member.wakeup or 0) <= self.plan.deadline, f"member {i} sleeps through its deadline")
+        wakes_at = self.plan.deadline + 1 if member.wakeup is None else member.wakeup
+        check(member.gone or wakes_at <= self.plan.deadline, f"member {i} sleeps through its deadline")
 
     def read(self, i: int, frame: Frame) -> None:
         """The sender task of member i reaches this record."""
