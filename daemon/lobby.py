@@ -48,6 +48,7 @@ _ARRIVAL_S = 2.0  # how long those whom the rendezvous has just met may take to 
 _FRESH_S = 10.0  # how long a new attachment polls fast
 _MAX_TIMER_S = 0.25
 _MAX_LEFT_S = MAX_ROUND_S - 1  # of a ticket: added to a clock and taken away again, an hour may become a little more
+_LATE_S = 1.0  # how long a line waits for members in the midst of a cycle when others have gone over
 _OVERTIME_S = 0.5  # that a step may take to find out where its line is
 _MIN_AHEAD = 2  # one alone may only have counted its failures
 _FAREWELL_S = 0.3  # how long taking announcements back may take
@@ -359,7 +360,10 @@ class Lobby:
                 return self._alone(Alone(self.reason, {}))
             verdict, post = await self._match(standing, deadline, may_leave=True)
             if verdict is None:
-                await (self.begin_cycle if self.terms.rounds == "exact" else self._adopt)(deadline)
+                record = self.record
+                await self._adopt(deadline)
+                if self.terms.rounds == "exact" and self.record is not record:
+                    self._enter_cycle()
                 verdict, post = await self._match(standing, deadline)
             assert verdict is not None, "one leaves for another shape once in a step"
         finally:
@@ -393,7 +397,7 @@ class Lobby:
     ) -> tuple[Begun | Alone | None, _Post]:
         """Be ready in the slot where this peer stands, until that comes to an end; None: the run goes on elsewhere.
 
-        That is believed where a cycle begins, and later only by whoever has nobody left to go on with.
+        That is believed where a cycle begins; later, while others may still end it, only after a while.
         """
         post, record = self._post, self.record
         assert post is not None
@@ -417,8 +421,9 @@ class Lobby:
                     await self._changed.wait()
                 machine.on_tick(trio.current_time())
                 self._pump(post)
-                is_over = self.shaping.should_follow and (begins_cycle or machine.is_alone)
-                if may_leave and is_over and machine.verdict is None:
+                is_late = self.shaping.is_left and trio.current_time() >= now + _LATE_S
+                may_go = may_leave and (is_late or (begins_cycle and self.shaping.should_follow))
+                if may_go and machine.verdict is None:
                     self._take_back(post)
                     return None, post
         except BaseException:
@@ -478,6 +483,9 @@ class Lobby:
     async def begin_cycle(self, deadline: float) -> None:
         """An exact cycle begins: go over to another shape if it is time, and stand where it begins."""
         await self._adopt(deadline)
+        self._enter_cycle()
+
+    def _enter_cycle(self) -> None:
         self.shaping.begin_cycle()
         self.start_cycle()
 
@@ -644,7 +652,7 @@ class Lobby:
             return  # passed on by a member that had it first; we had it from our leader
         has_terms = isinstance(message, Join | Begin)
         if isinstance(message, Here | Declined) or (has_terms and message.digest == self.terms.digest):
-            self.shaping.hear(message.epoch)
+            self.shaping.hear(message.epoch, is_there=True)
         post = next((p for p in (self._post, self._begun) if p is not None and p.slot == message.slot), None)
         if post is None:
             epoch = self.record.epoch if self.record is not None else 0
@@ -665,7 +673,8 @@ class Lobby:
                 post.company.discard(link.peer)
             post.matchmaker.on_message(trio.current_time(), link.peer, message)
             self._pump(post)
-        if isinstance(message, Here) and self.record is not None and message.epoch > self.record.epoch:
+        is_newer = self.record is not None and isinstance(message, Here) and message.epoch > self.record.epoch
+        if isinstance(message, Here) and is_newer and not self._is_aside:
             self._early[link.peer] = message  # we shall come, and may then be late
         elif isinstance(message, Here) and (post is None or post.matchmaker.verdict is not None):
             link.send(Quit(message.slot))  # nobody should wait for us there
@@ -673,9 +682,12 @@ class Lobby:
             self._services.refuse(RoundId(message.round_id))
 
     def stands_in(self, key: bytes) -> bool:
-        """Return True if `key` is a slot of this lobby, or may be one soon."""
-        slots = [post.slot for post in (self._post, self._begun) if post is not None]
-        return key in slots or any(here.slot == key for here in self._early.values())
+        """Return True if `key` is a slot of this lobby."""
+        return any(post is not None and post.slot == key for post in (self._post, self._begun))
+
+    def heard_from(self, peer: PeerId, key: bytes) -> bool:
+        """Return True if `peer` has said that it stands in `key`, in a shape to which we have not gone over yet."""
+        return peer in self._early and self._early[peer].slot == key
 
     def on_gone(self, peer: PeerId, reason: str) -> None:
         """The peer said goodbye, or its link ended."""

@@ -175,9 +175,11 @@ class Runs:
         run = self._runs.get(name)
         return run.lobby if run is not None else None
 
-    def of_slot(self, slot: bytes) -> Lobby | None:
-        """Return the lobby that stands in a slot."""
-        return next((run.lobby for run in self._runs.values() if run.lobby.stands_in(slot)), None)
+    def of_slot(self, slot: bytes, peer: PeerId) -> Lobby | None:
+        """Return the lobby that stands in a slot, or to which `peer` has said that it stands there."""
+        lobbies = [run.lobby for run in self._runs.values()]
+        standing = next((lobby for lobby in lobbies if lobby.stands_in(slot)), None)
+        return standing or next((lobby for lobby in lobbies if lobby.heard_from(peer, slot)), None)
 
     def on_gone(self, peer: PeerId, reason: str) -> None:
         """A peer is gone for every run."""
@@ -293,7 +295,7 @@ class Switchboard:
             case Here() | Join() | Begin() | RunTerms():
                 self._to_run(link, message, self.runs.of_name(message.run))
             case Joined() | Declined() | Disbanded() | Quit():
-                self._to_run(link, message, self.runs.of_slot(message.slot))
+                self._to_run(link, message, self.runs.of_slot(message.slot, link.peer))
             case Goodbye():
                 reason = message.reason[:MAX_DETAIL_CHARS]
                 self.runs.on_gone(link.peer, f"left: {reason}" if reason else "left")

@@ -46,6 +46,7 @@ class Shaping:
         self._contacts = contacts
         self._elastic = Elastic(terms.group_size)
         self._heard = 0  # the epoch to which others go over when this cycle ends, or have gone over
+        self._there = 0  # the newest epoch in which somebody says that it stands
         self._looked = trio.Event()
         self._looked_at = -math.inf
         self._is_urgent = False
@@ -115,8 +116,10 @@ class Shaping:
             told = max(told, successor.epoch)
         return told if told > record.epoch else 0
 
-    def hear(self, epoch: int) -> None:
-        """Somebody goes, or the members of our round go, by a record with this epoch."""
+    def hear(self, epoch: int, *, is_there: bool = False) -> None:
+        """Somebody goes, or the members of our round will go, by a record with this epoch; or somebody `is_there`."""
+        if is_there:
+            self._there = max(self._there, epoch)
         if self.record is not None and epoch > max(self.record.epoch, self._heard):
             self._heard = epoch
             if self._is_behind and trio.current_time() >= self._vain_until:
@@ -213,6 +216,11 @@ class Shaping:
         if record is None or successor is None:
             return False
         return self._heard >= successor.epoch or successor.epoch == record.epoch
+
+    @property
+    def is_left(self) -> bool:
+        """Whether somebody has gone over to a record that we have read."""
+        return self.should_follow and self.successor is not None and self._there >= self.successor.epoch
 
     def go_by(self, record: ShapeRecord) -> None:
         """From now on `record` is the one."""

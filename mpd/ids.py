@@ -106,10 +106,12 @@ def parse_endpoint(text: str, default_port: int | None = None) -> Endpoint:
         raise LocalError(f"{text!r} is not an address: HOST:PORT expected, for example 192.0.2.7:4747") from error
 
 
-@functools.lru_cache(maxsize=1024)  # every message about a group names those of its members again
 def _is_host(text: str) -> bool:
-    if len(text) > MAX_HOST_CHARS:
-        return False
+    return len(text) <= MAX_HOST_CHARS and _is_short_host(text)
+
+
+@functools.lru_cache(maxsize=1024)  # every message about a group names those of its members again
+def _is_short_host(text: str) -> bool:
     address, percent, zone = text.partition("%")
     try:
         ipaddress.ip_address(address)

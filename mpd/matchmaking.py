@@ -217,11 +217,6 @@ class Matchmaker:
         actions, self._actions = self._actions, []
         return actions
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether nobody who is known here still counts."""
-        return all(known.gone for known in self._register.peers.values())
-
     # -------------------------------------------------------------------------------------------------- what peers say
 
     def _on_here(self, now: float, sender: PeerId, here: Here) -> None:
@@ -321,8 +316,7 @@ class Matchmaker:
         is_cut = begin.parts > 1
         if sender not in members and not (is_cut and sender == self.leader):
             raise PeerError("a Begin came from a peer that is not in it")
-        # A member that has it passes it on, perhaps before our leader's comes. That it is meant for us is shown by the
-        # stamp, which we told nobody but our leader.
+        # A member that has it passes it on, perhaps before our leader's comes. To ignore it is to refuse the round.
         if self._ticket is None or self.leader is None or (self.leader not in members and not is_cut):
             return  # of a group that we left before it began
         if self._me in members and members[self._me].stamp != self._ticket.stamp:

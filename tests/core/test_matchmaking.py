@@ -454,14 +454,6 @@ def test_a_begin_of_a_cut_line_may_come_from_a_member_before_the_leader_s() -> N
     assert machine.state is BEGUN
 
 
-def test_whoever_has_lost_all_it_knew_is_alone() -> None:
-    machine = in_state(SEEKING)
-    assert not machine.is_alone
-    for who in (LEADER, FOLLOWER, SMALLER, IDLE):
-        machine.on_gone(1.0, who, "gone")
-    assert machine.is_alone
-
-
 @pytest.mark.parametrize("sender", [SMALLER, FOLLOWER])
 def test_nobody_else_may_begin_a_group_without_itself(sender: PeerId) -> None:
     machine = in_state(FOLLOWING)
