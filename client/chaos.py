@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -113,8 +114,7 @@ class _Conductor:
     def carry_out(self, plan: tuple[Fault, ...]) -> tuple[float, float]:
         """Do to the machines what the plan says; return from when until when."""
         began = time.monotonic()
-        for fault in plan:
-            self._due.append((began + fault.at_s, lambda fault=fault: self._begin(fault)))  # type: ignore[misc]
+        self._plan_next(deque(plan), began, began)
         return self.watch(self._settings.chaos_s)
 
     def settle(self) -> None:
@@ -124,7 +124,7 @@ class _Conductor:
 
     def seen(self, quiet: list[tuple[float, float]], chaos: tuple[float, float]) -> Seen:
         """Return all that there is to judge."""
-        self._look()
+        self._collect()
         for i, machine in self._machines.items():
             if machine.log.exists() and "Traceback" in machine.log.read_text(errors="replace"):
                 self._ends.append(f"the daemon of machine {i} logged a traceback: see {machine.log}")
@@ -141,6 +141,23 @@ class _Conductor:
             thread.join()
 
     # --------------------------------------------------------------------------------------------------------- faults
+
+    def _plan_next(self, faults: deque[Fault], began: float, earliest: float) -> None:
+        """Let the first of `faults` come at its time, not before `earliest`, and the others one after the other.
+
+        We may be late, for example because nobody has read what we said. Then the pauses become half as long: to catch
+        up at once would be a fault that nobody has planned.
+        """
+        if not faults:
+            return
+
+        def begin() -> None:
+            fault = faults.popleft()
+            self._begin(fault)
+            pause_s = faults[0].at_s - fault.at_s if faults else 0.0
+            self._plan_next(faults, began, time.monotonic() + pause_s / 2)
+
+        self._due.append((max(began + faults[0].at_s, earliest), begin))
 
     def _begin(self, fault: Fault) -> None:
         self._say(show_fault(fault))
@@ -207,6 +224,10 @@ class _Conductor:
             if not self._machines[i].is_up():  # else it is still leaving
                 self._machines[i].start()
                 self._to_start.discard(i)
+        self._collect()
+
+    def _collect(self) -> None:
+        """Take in what trainers have told, and who has ended."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._take(self._incoming.get_nowait())

@@ -1,7 +1,9 @@
 """The conductor of `mpd chaos` with machines of paper: what it does to them, when, and what it makes of the rest."""
 
+import itertools
 import queue
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -190,6 +192,26 @@ def test_a_swarm_that_never_forms_says_why_and_leaves_nothing(
         do(monkeypatch)
     assert all(machine.done[-1] == "end" for machine in machines)
     assert not machines[0].log.parent.exists()
+
+
+def test_faults_that_are_late_come_one_after_the_other(
+    machines: list[PaperMachine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tuple(Fault(0.05 + 0.001 * i, "trainer", i % 3, 0.01) for i in range(10))
+    monkeypatch.setattr(mpd.client.chaos, "make_plan", lambda settings: plan)
+    real, late_s = time.monotonic, 0.0
+    monkeypatch.setattr(mpd.client.chaos.time, "monotonic", lambda: real() + late_s)
+
+    def say(line: str) -> None:
+        nonlocal late_s
+        if "machine 0" in line:  # the first one is read late
+            late_s = 0.2
+
+    seen, home = run_chaos(SHORT, say, threading.Event())
+    home.rmdir()
+    began = [happened.began for happened in seen.happened]
+    assert len(began) == len(plan)
+    assert min(after - before for before, after in itertools.pairwise(began)) > mpd.client.chaos._LOOK_S / 2
 
 
 def test_it_ends_early_when_told_to(machines: list[PaperMachine], monkeypatch: pytest.MonkeyPatch) -> None:
