@@ -9,6 +9,7 @@ is the two-term recursion that Scaman et al. (ICML 2017) use, on the same ring.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,9 +26,9 @@ class Overlay(Policy):
         self.n_peers = n_peers
         self.number = 0
 
+    @abstractmethod
     def edges(self) -> tuple[Ints, Ints]:
         """Return the senders and receivers of this round if all are present, a peer's own share left out."""
-        raise NotImplementedError
 
     def meet(self, present: Bools, rng: Random) -> Sends:
         """Return the messages between those that are present."""
@@ -47,9 +48,9 @@ class Overlay(Policy):
         completed = present if lost_at is None else present & np.isinf(lost_at)
         return Mixed(completed.copy(), np.zeros(self.n_peers, bool), np.zeros(self.n_peers, np.int64))
 
+    @abstractmethod
     def mix_chunks(self, values: Floats, columns: slice, live: Bools, senders: Ints, receivers: Ints) -> None:
         """Mix some columns of `values`; `live` peers (n,) exchanged these messages."""
-        raise NotImplementedError
 
 
 def _by_presence(values: Floats, present: Bools, lost_at: Floats | None) -> Iterator[tuple[slice, Bools]]:
