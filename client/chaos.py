@@ -24,6 +24,7 @@ from .chaos_report import show_fault, show_plan
 from .chaos_swarm import Machine
 
 _LOOK_S = 0.02
+_LATE_S = 0.1
 _FORM_S = 60.0  # for the swarm to form
 _SETTLE_S = 20.0  # at most, for the last fault to be got over
 _END_S = 3.0  # for a daemon to leave
@@ -81,6 +82,7 @@ class _Conductor:
         self._names: dict[str, int] = {}
         self._happened: list[Happened] = []
         self._due: list[tuple[float, Callable[[], None]]] = []
+        self._is_calm = True  # no fault begins
         self._to_start: set[int] = set()
         self._slow: set[int] = set()
         self._ends: list[str] = []
@@ -113,9 +115,11 @@ class _Conductor:
 
     def carry_out(self, plan: tuple[Fault, ...]) -> tuple[float, float]:
         """Do to the machines what the plan says; return from when until when."""
-        began = time.monotonic()
-        self._plan_next(deque(plan), began, began)
-        return self.watch(self._settings.chaos_s)
+        self._is_calm = False
+        self._plan_next(deque(plan), time.monotonic())
+        span = self.watch(self._settings.chaos_s)
+        self._is_calm = True
+        return span
 
     def settle(self) -> None:
         """Wait until all machines are in one round again."""
@@ -142,22 +146,23 @@ class _Conductor:
 
     # --------------------------------------------------------------------------------------------------------- faults
 
-    def _plan_next(self, faults: deque[Fault], began: float, earliest: float) -> None:
-        """Let the first of `faults` come at its time, not before `earliest`, and the others one after the other.
+    def _plan_next(self, faults: deque[Fault], began: float) -> None:
+        """Let the first of `faults` come at its time, and the others after it, as far apart as they are planned.
 
-        We may be late, for example because nobody has read what we said. Then the pauses become half as long: to catch
-        up at once would be a fault that nobody has planned.
+        Whoever is late, for example because nobody has read what we said, moves the rest of the plan: to catch up would
+        be a fault that nobody has planned.
         """
-        if not faults:
+        if not faults or self._is_calm:
             return
+        due = began + faults[0].at_s
 
         def begin() -> None:
-            fault = faults.popleft()
-            self._begin(fault)
-            pause_s = faults[0].at_s - fault.at_s if faults else 0.0
-            self._plan_next(faults, began, time.monotonic() + pause_s / 2)
+            late_s = time.monotonic() - due
+            if not self._is_calm:
+                self._begin(faults.popleft())
+                self._plan_next(faults, began + (late_s if late_s > _LATE_S else 0.0))
 
-        self._due.append((max(began + faults[0].at_s, earliest), begin))
+        self._due.append((due, begin))
 
     def _begin(self, fault: Fault) -> None:
         self._say(show_fault(fault))

@@ -208,7 +208,7 @@ def _longest_gap(ends: Sequence[float], begin: float, end: float, is_next_told: 
     marks = [ends[first - 1] if first else begin, *ends[first:last]]
     if first == last or not is_next_told:
         marks.append(ends[last] if last < len(ends) else end)
-    return max((after - before for before, after in itertools.pairwise(marks)), default=0.0)
+    return max(after - before for before, after in itertools.pairwise(marks))
 
 
 def _who(record: Record) -> str:
