@@ -226,7 +226,8 @@ class RoundSession:
             except RoundFailed as error:  # our own values or sums are no good: the others go on without us
                 self.exchange.cancel(now, str(error))
             self._perform()
-            if (self.exchange.wakeup or math.inf) <= now:
+            wakeup = self.exchange.wakeup
+            if wakeup is not None and wakeup <= now:
                 self._stirred.set()
         except PeerError:
             raise

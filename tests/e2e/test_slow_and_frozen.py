@@ -180,6 +180,7 @@ def test_a_frozen_peer_is_noticed_and_comes_back_without_its_old_values(
 
         # A trainer that has given its daemon up for dead comes back with its next step, and is in the one after that.
         is_attached = daemons[victim].run_status(run) is not None
+        assert is_attached or SOAK, "so short a freeze costs no trainer its daemon"
         while is_attached and time.monotonic() < thawed + BACK_S and not all(map(knows_all, daemons)):
             time.sleep(LOOK_AGAIN_S)
         n_steps = 0

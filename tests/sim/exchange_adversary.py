@@ -88,7 +88,8 @@ class Run:
 
     def _is_early(self, awake: list[int]) -> bool:
         """Whether a timer rings before the deadline comes near: nobody stays frozen until then."""
-        return any((self.net.members[i].wakeup or DEADLINE_S) < DEADLINE_S / 2 for i in awake)
+        wakeups = [self.net.members[i].wakeup for i in awake]
+        return any(wakeup is not None and wakeup < DEADLINE_S / 2 for wakeup in wakeups)
 
     def _resolve_freeze(self) -> None:
         """Nothing moves: a frozen member thaws, or everybody else judges it lost."""

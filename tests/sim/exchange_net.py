@@ -194,9 +194,13 @@ class Net:
 
     def tick(self, i: int, now: float | None = None) -> None:
         """Let time pass for member i, until it wakes up or until `now`."""
-        wakeup = self.members[i].wakeup if now is None else now
+        member = self.members[i]
+        wakeup = member.wakeup if now is None else now
         self.clocks[i] = max(self.clocks[i], wakeup or 0.0)
-        self.members[i].on_tick(self.clocks[i])
+        n_open = len(member._chunks.collector.chunks())
+        member.on_tick(self.clocks[i])
+        is_due = member.wakeup is not None and member.wakeup <= self.clocks[i]
+        check(not is_due or len(member._chunks.collector.chunks()) < n_open, f"member {i} wakes up for nothing")
         self.carry_out(i)
 
     def run(self, until: float = DEADLINE_S) -> None:
