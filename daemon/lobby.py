@@ -48,7 +48,6 @@ _ARRIVAL_S = 2.0  # how long those whom the rendezvous has just met may take to 
 _FRESH_S = 10.0  # how long a new attachment polls fast
 _MAX_TIMER_S = 0.25
 _MAX_LEFT_S = MAX_ROUND_S - 1  # of a ticket: added to a clock and taken away again, an hour may become a little more
-_LATE_S = 1.0  # how long a line waits for members in the midst of a cycle when others have gone over
 _OVERTIME_S = 0.5  # that a step may take to find out where its line is
 _MIN_AHEAD = 2  # one alone may only have counted its failures
 _FAREWELL_S = 0.3  # how long taking announcements back may take
@@ -209,9 +208,11 @@ class Lobby:
     async def _adopt(self, deadline: float) -> None:
         """Go over to a shape that replaces ours, if it is time: between two cycles."""
         place = await self.shaping.next_place(deadline)
-        if place is None:
-            return
-        record, cell, number = place
+        if place is not None:
+            self._go_over(*place)
+
+    def _go_over(self, record: ShapeRecord, cell: Cell, number: int) -> None:
+        """Go by `record` from now on, at its `cell` and round `number`."""
         if self._post is not None:
             self._post.matchmaker.cancel(trio.current_time(), "the run goes on in another shape")
             self._pump(self._post)
@@ -228,17 +229,15 @@ class Lobby:
             return
         axis = axis_of(self.number, record.shape)
         for peer in filter(self._contacts.is_linked, self._roster.others):
-            cell = record.first_cell(peer) if len(record.shape) > 1 else self.cell
+            cell = self._roster.cell_of(record, peer) if len(record.shape) > 1 else self.cell
             if cell is not None and line_of(cell, axis) == line_of(self.cell, axis):
                 self._meet(post, peer)
             else:
                 self._contacts.say(peer, Here(self.run, post.slot, post.number, False, 0, record.epoch))
         early, self._early = self._early, {}
         for peer, here in early.items():
-            if here.slot == post.slot and post.matchmaker.may_meet(here.number):
-                self._meet(post, peer)
-                post.matchmaker.on_message(trio.current_time(), peer, here)
-        self._pump(post)
+            if here.slot == post.slot:
+                self._hear(post, peer, here)
 
     async def _settle_shape(self) -> None:
         # Each of us begins at its own place in the order, so no ids, however chosen, are called first by everybody.
@@ -360,12 +359,10 @@ class Lobby:
                 return self._alone(Alone(self.reason, {}))
             verdict, post = await self._match(standing, deadline, may_leave=True)
             if verdict is None:
-                record = self.record
-                await self._adopt(deadline)
-                if self.terms.rounds == "exact" and self.record is not record:
+                if self.terms.rounds == "exact":
                     self._enter_cycle()
                 verdict, post = await self._match(standing, deadline)
-            assert verdict is not None, "one leaves for another shape once in a step"
+            assert verdict is not None, "one leaves for another shape once in a call"
         finally:
             self._wanted -= 1
         self._was_alone = isinstance(verdict, Alone)
@@ -395,10 +392,7 @@ class Lobby:
     async def _match(
         self, standing: Callable[[Cell], Standing], deadline: float, *, may_leave: bool = False
     ) -> tuple[Begun | Alone | None, _Post]:
-        """Be ready in the slot where this peer stands, until that comes to an end; None: the run goes on elsewhere.
-
-        That is believed where a cycle begins; later, while others may still end it, only after a while.
-        """
+        """Be ready in the slot where this peer stands, until that comes to an end; None: it has gone over elsewhere."""
         post, record = self._post, self.record
         assert post is not None
         assert record is not None
@@ -421,11 +415,13 @@ class Lobby:
                     await self._changed.wait()
                 machine.on_tick(trio.current_time())
                 self._pump(post)
-                is_late = self.shaping.is_left and trio.current_time() >= now + _LATE_S
-                may_go = may_leave and (is_late or (begins_cycle and self.shaping.should_follow))
-                if may_go and machine.verdict is None:
-                    self._take_back(post)
-                    return None, post
+                waited_s = math.inf if begins_cycle else trio.current_time() - now
+                if may_leave and self.shaping.may_leave(waited_s) and machine.verdict is None:
+                    may_leave = False  # one try; meanwhile a group may begin after all
+                    place = await self.shaping.next_place(deadline)
+                    if place is not None and machine.verdict is None:
+                        self._go_over(*place)
+                        return None, post
         except BaseException:
             self._take_back(post)
             raise
@@ -661,18 +657,9 @@ class Lobby:
                 link.send(Declined(message.slot, "older_record", detail, epoch=epoch))
             elif isinstance(message, Join):
                 link.send(Declined(message.slot, "other_number", f"the next round here is {self.number}"))
-            if isinstance(message, Quit):
-                self._early.pop(link.peer, None)
             self._nudge()  # it knows more of this run than we do
         else:
-            if isinstance(message, Join):
-                message = replace(message, time_left_s=min(message.time_left_s, _MAX_LEFT_S))
-            if isinstance(message, Here | Join) and post.matchmaker.may_meet(message.number):
-                self._meet(post, link.peer)
-            elif isinstance(message, Quit):
-                post.company.discard(link.peer)
-            post.matchmaker.on_message(trio.current_time(), link.peer, message)
-            self._pump(post)
+            self._hear(post, link.peer, message)
         is_newer = self.record is not None and isinstance(message, Here) and message.epoch > self.record.epoch
         if isinstance(message, Here) and is_newer and not self._is_aside:
             self._early[link.peer] = message  # we shall come, and may then be late
@@ -681,13 +668,25 @@ class Lobby:
         if isinstance(message, Begin) and not self._is_part_of(message):
             self._services.refuse(RoundId(message.round_id))
 
+    def _hear(self, post: _Post, peer: PeerId, message: Any) -> None:
+        """`peer` said something about the slot of `post`."""
+        if isinstance(message, Join):
+            message = replace(message, time_left_s=min(message.time_left_s, _MAX_LEFT_S))
+        if isinstance(message, Here | Join) and post.matchmaker.may_meet(message.number):
+            self._meet(post, peer)
+        elif isinstance(message, Quit):
+            post.company.discard(peer)
+        post.matchmaker.on_message(trio.current_time(), peer, message)
+        self._pump(post)
+
     def stands_in(self, key: bytes) -> bool:
         """Return True if `key` is a slot of this lobby."""
         return any(post is not None and post.slot == key for post in (self._post, self._begun))
 
-    def heard_from(self, peer: PeerId, key: bytes) -> bool:
-        """Return True if `peer` has said that it stands in `key`, in a shape to which we have not gone over yet."""
-        return peer in self._early and self._early[peer].slot == key
+    def forget(self, peer: PeerId, key: bytes) -> None:
+        """`peer` no longer stands in `key`, where nobody of us does: perhaps of a shape to which we have yet to go."""
+        if peer in self._early and self._early[peer].slot == key:
+            del self._early[peer]
 
     def on_gone(self, peer: PeerId, reason: str) -> None:
         """The peer said goodbye, or its link ended."""

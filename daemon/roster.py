@@ -146,11 +146,16 @@ class Roster:
         value = RECORDS.encode(record)
         await self._rendezvous.announce(shape_key(self.run, self.terms.digest), value, self._limits.record_ttl_s)
 
+    def cell_of(self, record: ShapeRecord, peer: PeerId) -> Cell | None:
+        """Return the cell with which `peer`, one of those we see, starts under `record`, if that is known."""
+        cell = record.first_cell(peer)
+        if cell is None and not record.roster and len(self.others) + 1 == record.n_peers:
+            cell = rank_cell(sorted([*self.others, self.own]).index(peer), record.shape, record.n_peers)
+        return cell
+
     async def first_place(self, record: ShapeRecord) -> tuple[Cell, int]:
         """Return the cell and the round number with which this peer starts under `record`."""
-        cell = record.first_cell(self.own)
-        if cell is None and not record.roster and len(self.others) + 1 == record.n_peers:
-            cell = rank_cell(sorted([*self.others, self.own]).index(self.own), record.shape, record.n_peers)
+        cell = self.cell_of(record, self.own)
         if cell is not None:
             number = await self.find_number(record, cell, near=0) or 0
             # In the first cycle other lines may be ahead, but our own waits for us.

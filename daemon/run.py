@@ -336,7 +336,8 @@ class Run:
                 missing = {show_peer(peer): why for peer, why in verdict.missing.items()}
                 tally.missing.update(missing)
                 self._remember_step(tally, where + verdict.reason, {**tally.trainers, **missing})
-                self.lobby.shaping.note_round(number, 1)
+                if self.lobby.record is record:
+                    self.lobby.shaping.note_round(number, 1)
                 tally.heads_certified = False
                 ends_cycle = True
             else:
@@ -350,7 +351,7 @@ class Run:
                 standing = self._bring(standing, number, weight, self.lobby.last_cell)
                 standing = self._account(tally, session, standing, where, absent)
                 ends_cycle = (number + 1) % max(1, len(self.lobby.shape)) == 0
-            if not n_left or turn >= n_rounds:
+            if not n_left or turn == n_rounds:
                 break
         if is_exact or ends_cycle:
             self.lobby.shaping.note_cycle(tally.heads, is_certified=tally.heads_certified)

@@ -175,11 +175,14 @@ class Runs:
         run = self._runs.get(name)
         return run.lobby if run is not None else None
 
-    def of_slot(self, slot: bytes, peer: PeerId) -> Lobby | None:
-        """Return the lobby that stands in a slot, or to which `peer` has said that it stands there."""
-        lobbies = [run.lobby for run in self._runs.values()]
-        standing = next((lobby for lobby in lobbies if lobby.stands_in(slot)), None)
-        return standing or next((lobby for lobby in lobbies if lobby.heard_from(peer, slot)), None)
+    def of_slot(self, slot: bytes) -> Lobby | None:
+        """Return the lobby that stands in a slot."""
+        return next((run.lobby for run in self._runs.values() if run.lobby.stands_in(slot)), None)
+
+    def forget(self, peer: PeerId, slot: bytes) -> None:
+        """A peer has left a slot in which nobody here stands."""
+        for run in self._runs.values():
+            run.lobby.forget(peer, slot)
 
     def on_gone(self, peer: PeerId, reason: str) -> None:
         """A peer is gone for every run."""
@@ -295,7 +298,7 @@ class Switchboard:
             case Here() | Join() | Begin() | RunTerms():
                 self._to_run(link, message, self.runs.of_name(message.run))
             case Joined() | Declined() | Disbanded() | Quit():
-                self._to_run(link, message, self.runs.of_slot(message.slot, link.peer))
+                self._to_run(link, message, self.runs.of_slot(message.slot))
             case Goodbye():
                 reason = message.reason[:MAX_DETAIL_CHARS]
                 self.runs.on_gone(link.peer, f"left: {reason}" if reason else "left")
@@ -316,6 +319,8 @@ class Switchboard:
             link.send(Quit(message.slot))  # no trainer here takes part in that run
         elif isinstance(message, Begin):
             self.sessions.refuse(RoundId(message.round_id))
+        elif isinstance(message, Quit):
+            self.runs.forget(link.peer, message.slot)
 
     async def _dial_back(self, link: Link, request: DialBack) -> None:
         reached = await self.peers.can_dial(Endpoint(link.remote_host, request.port))

@@ -5,7 +5,7 @@ the record is written into the rendezvous. Then everybody has to go over to it a
 for a while. So whoever has read a newer record tells of it in the first round of a cycle, and whoever hears of one
 passes it on in the next: after the last round of that cycle all who took part in it know, since a cycle brings
 everything to everybody. They read the record meanwhile, and begin the next cycle in the new grid. Whoever has missed
-that finds nobody, or meets somebody who is there already, and follows at once.
+that finds nobody, or meets somebody who is there already, and follows as soon as it has read the record.
 
 What is told is a number that makes us look, no more: what we go by, we have read, and it has to be believable.
 """
@@ -26,6 +26,7 @@ MAX_LATE_S = 5.0  # by how much peers may be later because they had to wait in t
 RESYNC_S = 0.4  # how long a line waits for newcomers in a swarm that has come apart
 _NEARLY = 0.9
 _NEWS_S = 1.0  # how long a cycle may wait for a record that others have read
+_LATE_S = 1.0  # how long a line waits for its members in the midst of a cycle when others have gone over
 _DESERTED_S = 1.0  # between two looks because nobody is there
 _IN_VAIN_S = 10.0  # so long nobody is waited for again after a record that was not there
 
@@ -199,28 +200,34 @@ class Shaping:
                 while self._is_behind:
                     await self._looked.wait()
             if self._is_behind:  # whoever spoke of it may have made it up
-                self._heard = 0
+                self._heard = self._there = 0
                 self._vain_until = trio.current_time() + _IN_VAIN_S
         successor = self.successor
-        if successor is None or not self.should_follow:
+        if successor is None or not self._should_follow:
             return None  # those whom we tell in this cycle will come with us in the next
         with trio.move_on_at(min(now + 2 * _NEWS_S, now + (deadline - now) / 2)):
             cell, number = await self._roster.first_place(successor)
             return successor, cell, number
         return None
 
+    def may_leave(self, waited_s: float) -> bool:
+        """Whether it is time to leave this grid without a group, having waited so long in our line.
+
+        At once where a cycle begins (infinite). Later some lines end it a little after the others, so somebody has to
+        stand in the next grid already, and we to have waited for a while.
+        """
+        successor = self.successor
+        if successor is None or not self._should_follow:
+            return False
+        return waited_s == math.inf or (self._there >= successor.epoch and waited_s >= _LATE_S)
+
     @property
-    def should_follow(self) -> bool:
+    def _should_follow(self) -> bool:
         """Whether others go by a record that we have read, or will when this cycle ends."""
         record, successor = self.record, self.successor
         if record is None or successor is None:
             return False
         return self._heard >= successor.epoch or successor.epoch == record.epoch
-
-    @property
-    def is_left(self) -> bool:
-        """Whether somebody has gone over to a record that we have read."""
-        return self.should_follow and self.successor is not None and self._there >= self.successor.epoch
 
     def go_by(self, record: ShapeRecord) -> None:
         """From now on `record` is the one."""

@@ -46,9 +46,11 @@ class OneRun:
     def of_name(self, name: str) -> Lobby | None:
         return self._lobby if name == self._lobby.run and not self.is_over else None
 
-    def of_slot(self, slot: bytes, peer: PeerId) -> Lobby | None:
-        is_here = self._lobby.stands_in(slot) or self._lobby.heard_from(peer, slot)
-        return self._lobby if is_here and not self.is_over else None
+    def of_slot(self, slot: bytes) -> Lobby | None:
+        return self._lobby if self._lobby.stands_in(slot) and not self.is_over else None
+
+    def forget(self, peer: PeerId, slot: bytes) -> None:
+        self._lobby.forget(peer, slot)
 
     def on_gone(self, peer: PeerId, reason: str) -> None:
         self._lobby.on_gone(peer, reason)
@@ -1032,14 +1034,15 @@ async def test_whoever_says_where_it_stands_and_leaves_before_we_come_is_not_wai
     link.send(Here(RUN, b"?" * 20, 0, ready=True, stamp=1, epoch=7))
     link.send(Quit(b"?" * 20))
     await sleep(0.1)
-    assert not one.lobby.heard_from(other.own, b"?" * 20)
+    assert not one.lobby._early
     link.send(Here(RUN, b"?" * 20, 0, ready=True, stamp=1, epoch=7))
     await sleep(0.1)
-    assert one.lobby.heard_from(other.own, b"?" * 20)
-    assert not one.lobby.heard_from(one.own, b"?" * 20)
+    link.send(Quit(b"!" * 20))
+    await sleep(0.1)
+    assert set(one.lobby._early) == {other.own}
     other.die()
     await sleep(0.1)
-    assert not one.lobby.heard_from(other.own, b"?" * 20)
+    assert not one.lobby._early
 
 
 async def test_a_begin_that_comes_too_late_is_refused(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
