@@ -50,6 +50,7 @@ class Contacts:
         self._heard_at: dict[bytes, float] = {}
         self._failed_at: dict[bytes, float] = {}
         self._shunned_until: dict[bytes, float] = {}
+        self._silent: Memory[bytes, bool] = Memory(MAX_HOMES)
         self._checks: dict[bytes, asyncio.Task[None]] = {}
         self._is_open = True
 
@@ -69,6 +70,14 @@ class Contacts:
         """True if this node has just failed to answer us and has not been heard of since."""
         return self._shunned_until.get(node_id, 0.0) > self._loop.time()
 
+    def is_silent(self, node_id: bytes) -> bool:
+        """True if this node has kept somebody waiting and has not answered anything since."""
+        return self._silent.get(node_id) is not None
+
+    def keeps_waiting(self, node_id: bytes) -> None:
+        """A question to this node has waited for long enough."""
+        self._silent.put(node_id, True)
+
     def welcome(self, node: Any) -> None:
         """Take note of the sender of a request."""
         known = self.table.contacts.get(node.id)
@@ -82,6 +91,7 @@ class Contacts:
         if node.id == self._own_id:
             return
         self._homes.put(node.id, (node.ip, node.port))
+        self._silent.drop(node.id)
         self._shunned_until.pop(node.id, None)
         known = self.table.contacts.get(node.id)
         if known is not None and not known.same_home_as(node):
@@ -97,6 +107,7 @@ class Contacts:
 
     def heard(self, node: Any) -> None:
         """A node has answered."""
+        self._silent.drop(node.id)
         self._shunned_until.pop(node.id, None)
         known = self.table.contacts.get(node.id)
         if known is not None and known.same_home_as(node):

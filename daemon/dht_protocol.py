@@ -79,6 +79,12 @@ class GuardedProtocol(KademliaProtocol):  # type: ignore[misc]  # kademlia has n
     def shuns(self, node_id: bytes) -> bool:
         return self.contacts.shuns(node_id)
 
+    def is_silent(self, node_id: bytes) -> bool:
+        return self.contacts.is_silent(node_id)
+
+    def keeps_waiting(self, node_id: bytes) -> None:
+        self.contacts.keeps_waiting(node_id)
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         sockname = transport.get_extra_info("sockname")

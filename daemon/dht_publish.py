@@ -82,7 +82,9 @@ class Publisher:
         told = await self._store(key, tombstone)
         contacts = self._protocol.router.contacts
         others = [contacts[holder] for holder in own.holders - told if holder in contacts]
-        await asyncio.gather(*(self._protocol.call_store(node, key, 0, tombstone) for node in others))
+        if others:
+            answers = [self._protocol.call_store(node, key, 0, tombstone) for node in others]
+            await asyncio.wait(answers, timeout=self._protocol.patience_s)
 
     async def withdraw_all(self) -> None:
         await asyncio.gather(*(self.withdraw(key) for key in list(self._own)))

@@ -5,8 +5,9 @@ that covers it, and splits only the bucket that covers our own id, so hostile id
 
 The crawl is a small event-driven machine with no task per request. It asks the nearest nodes it knows, adds the nodes
 they name, and ends when the `ksize` nearest have answered. Who keeps it waiting too long no longer holds it up, as
-long as somebody else has answered; the next nearest is asked instead. What is named has proved nothing, so a lookup
-asks only so many strangers, and where it matters only a few of one network.
+long as somebody else has answered; the next nearest is asked instead. Nor does that node hold up later crawls until it
+has answered one: where a machine has died, one lookup is late, and not all of the next seconds. What is named has
+proved nothing, so a lookup asks only so many strangers, and where it matters only a few of one network.
 """
 
 import asyncio
@@ -146,7 +147,10 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]  # kademlia has no annotations
         while (node := self._next()) is not None:
             if self.protocol.has_proved(node) or self._strangers.take(node.ip):
                 self._asked.add(node.id)
-                self._waiting.add(node.id)
+                if self.protocol.is_silent(node.id):
+                    self._give_way(node.id)
+                else:
+                    self._waiting.add(node.id)
                 self._ask(node).add_done_callback(functools.partial(self._on_reply, node))
             else:
                 self.nearest.remove([node.id])
@@ -197,8 +201,14 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]  # kademlia has no annotations
 
     def _on_patience_lost(self) -> None:
         self._timer = None
-        self._slow |= self._waiting
-        self._waiting.clear()
-        self.nearest.remove(self._slow)
-        self._top = list(self.nearest)
+        for node_id in list(self._waiting):
+            self.protocol.keeps_waiting(node_id)
+            self._give_way(node_id)
         self._step()
+
+    def _give_way(self, node_id: bytes) -> None:
+        """Wait for the next nearest instead of this node. Its answer counts if it still comes."""
+        self._waiting.discard(node_id)
+        self._slow.add(node_id)
+        self.nearest.remove([node_id])
+        self._top = list(self.nearest)

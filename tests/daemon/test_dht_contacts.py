@@ -115,6 +115,23 @@ def test_a_contact_leaves_after_two_failures_in_a_row() -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_who_kept_somebody_waiting_is_silent_until_it_answers() -> None:
+    async def scene(stage: Stage) -> None:
+        you = stage.actor(1)
+        contact = stage.meet(you)
+        stage.protocol.keeps_waiting(you.id)
+        stage.protocol.contacts.welcome(contact)
+        assert stage.protocol.is_silent(you.id), "it can send, but does it answer?"
+        stage.protocol.contacts.heard(contact)
+        assert not stage.protocol.is_silent(you.id)
+        stage.protocol.keeps_waiting(you.id)
+        stage.protocol.contacts.proved(contact)
+        assert not stage.protocol.is_silent(you.id)
+
+    play(scene)
+
+
+@pytest.mark.usefixtures("quick")
 def test_nobody_lives_less_because_somebody_says_it_lives_elsewhere() -> None:
     async def scene(stage: Stage) -> None:
         you = stage.actor(1)

@@ -193,6 +193,8 @@ def test_09_the_dead_keep_nobody_waiting() -> None:
             source_node=Node(bytes(20)),
             patience_s=0.05,
             shuns=lambda _: False,
+            is_silent=lambda _: False,
+            keeps_waiting=lambda _: None,
             has_proved=lambda _: True,
             neighbourhood=Neighbourhood(True),
         )

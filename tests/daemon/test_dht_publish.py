@@ -5,6 +5,7 @@ import random
 from collections.abc import Coroutine
 from typing import Any
 
+import pytest
 from dht_swarm import (
     NOW_MS,
     Clock,
@@ -19,6 +20,7 @@ from dht_swarm import (
     until,
 )
 
+from mpd.daemon import dht_calls
 from mpd.daemon.dht_node import DhtNode, start_node
 from mpd.daemon.dht_publish import Publisher
 from mpd.daemon.dht_records import WireRecord
@@ -110,6 +112,18 @@ def test_a_withdrawn_record_is_not_published_again() -> None:
             nodes[0]._settle()
             assert await values(nodes[1]) == []
             assert nodes[0]._publisher.record(KEY) is None
+
+    on_one_loop(test)
+
+
+def test_a_holder_that_has_died_does_not_hold_up_a_withdrawal(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with swarm_of(3) as nodes:
+            await nodes[0].announce(KEY, b"v", TTL_S)
+            nodes[2].protocol.transport.abort()
+            monkeypatch.setattr(dht_calls, "REQUEST_TIMEOUT_S", 3600.0)
+            await nodes[0].withdraw(KEY)
+            assert await values(nodes[1]) == []
 
     on_one_loop(test)
 

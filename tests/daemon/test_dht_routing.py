@@ -1,6 +1,7 @@
 """The contact table against brute force, and the crawl against a swarm that is a dictionary."""
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -117,12 +118,14 @@ class Map:
 
 def protocol_of(own: Any, contacts: list[bytes], patience_s: float, shunned: tuple[bytes, ...] = ()) -> Any:
     """Return what a crawl needs of a protocol. Only contacts have proved who they are."""
-    table = table_of(own.id, contacts)
+    table, silent = table_of(own.id, contacts), set[bytes]()
     return SimpleNamespace(
         router=table,
         source_node=own,
         patience_s=patience_s,
         shuns=shunned.__contains__,
+        is_silent=silent.__contains__,
+        keeps_waiting=silent.add,
         has_proved=lambda each: each.id in table.contacts,
         neighbourhood=Neighbourhood(True, ["127.0.0.1"]),
     )
@@ -172,6 +175,21 @@ def test_silent_nodes_are_replaced_by_the_next_nearest() -> None:
     world = Map(dict.fromkeys(everyone[2:], everyone[:20]))
     assert crawl(world, everyone[:20], bytes(20)) == set(everyone[2:7])
     assert len(world.silent) == 2
+
+
+def test_who_has_kept_one_crawl_waiting_holds_up_no_other() -> None:
+    async def run() -> list[set[bytes]]:
+        everyone = sorted(node_ids(30), key=_distance(bytes(20)))
+        world = Map(dict.fromkeys(everyone[2:], everyone[:20]))
+        protocol = protocol_of(node(b"\x55" * 20), everyone[:20], 0.001)
+        found = []
+        for protocol.patience_s in (0.001, math.inf):
+            answers = await Crawl(protocol, Node(bytes(20)), 5, 5, world.ask).find()
+            found.append({each.id for each in answers} - set(everyone[2:7]))
+        assert world.asked.count(everyone[0]) == 2, "it is asked all the same"
+        return found
+
+    assert asyncio.run(run()) == [set(), set()]
 
 
 def test_failed_nodes_are_replaced_by_the_next_nearest() -> None:
