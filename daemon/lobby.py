@@ -106,8 +106,10 @@ class Lobby:
         self._was_deserted = False  # the last step found that nobody else has announced the run
         self._was_alone = False  # the last step came to no group
         self._nudged = trio.Event()
+        self._looking = trio.CancelScope()  # for others in our slot; ends when we stand in another one
         self._changed = trio.Event()
         self._wanted = 0
+        self._uneven_until = -1  # the round until which lines may be larger than the grid expects
         self._is_aside = False
 
     @property
@@ -256,16 +258,23 @@ class Lobby:
             post = self._post
             if post is not None:
                 await self._roster.stand(post.slot, self._endpoint, post.number, self.cell)
-                now = trio.current_time()
-                if now - post.sought_at >= (_MATCH_POLL_S if post.is_ready else _IDLE_POLL_S):
-                    post.sought_at = now
-                    found = await self._roster.look(post.slot)
-                    self._take_in(post, found)
-                    await self._join_phase(post)
             else:
                 await self._roster.stand_nowhere()
             if post is self._post:
-                await self._pause(_MATCH_POLL_S if post is not None and post.is_ready else _SLOW_POLL_S)
+                with trio.CancelScope() as self._looking:
+                    if post is not None:
+                        await self._look(post)
+                    if post is self._post:
+                        await self._pause(_MATCH_POLL_S if post is not None and post.is_ready else _SLOW_POLL_S)
+
+    async def _look(self, post: _Post) -> None:
+        """Look who stands in our slot, if it is time."""
+        now = trio.current_time()
+        if now - post.sought_at >= (_MATCH_POLL_S if post.is_ready else _IDLE_POLL_S):
+            post.sought_at = now
+            found = await self._roster.look(post.slot)
+            self._take_in(post, found)
+            await self._join_phase(post)
 
     def _take_in(self, post: _Post, found: list[Seen]) -> None:
         """Make use of what the rendezvous shows. On a grid of several axes old records are of earlier rounds."""
@@ -315,6 +324,11 @@ class Lobby:
         self._nudged.set()
         self._nudged = trio.Event()
 
+    def _look_elsewhere(self) -> None:
+        """We stand somewhere else now, or nowhere: what is found where we stood is of no use."""
+        self._looking.cancel()
+        self._nudge()
+
     def _change(self) -> None:
         """Let `form` look again at once."""
         self._changed.set()
@@ -326,7 +340,7 @@ class Lobby:
         if post is not None:
             post.matchmaker.cancel(trio.current_time(), "its trainer loads a state")
             self._pump(post)
-            self._nudge()
+            self._look_elsewhere()
 
     def come_back(self) -> None:
         """Stand where we stood before `step_aside`."""
@@ -511,6 +525,7 @@ class Lobby:
                     post.company.add(peer)
             self._stand(silent=frozenset(begin.left_out), together=frozenset(member.peer for member in begin.members))
         else:
+            self._note_size(self.record, begin)
             cell = next_cell(self.cell, begin.number, place, self.record.n_peers, self.record.shape)
             self._go_to(begin.number + 1, cell)
 
@@ -563,7 +578,7 @@ class Lobby:
             for peer in sorted(old.company):
                 self._meet(post, peer, peer in silent, peer in together)
         else:
-            self._nudge()
+            self._look_elsewhere()
         self._pump(post)
 
     def _expected(self, record: ShapeRecord, axis: int, line: Line) -> tuple[int, int]:
@@ -579,7 +594,19 @@ class Lobby:
         if not self.shaping.counted:
             return expected, expected
         n_lines = math.prod(record.shape) // record.shape[axis]
-        return min(expected, max(self.shaping.counted, n_peers) // n_lines), expected
+        most = expected + 1 if self.number <= self._uneven_until else expected
+        return min(expected, max(self.shaping.counted, n_peers) // n_lines), most
+
+    def _note_size(self, record: ShapeRecord, begin: Begin) -> None:
+        """Watch for lines that are larger than the grid expects.
+
+        Whoever has come back in another cell moves one member from line to line, until two such moves cancel each
+        other. Until we have seen none for a cycle, any line may have one more.
+        """
+        axis = axis_of(begin.number, record.shape)
+        expected = table(record.n_peers, record.shape).expected(axis, line_of(self.cell, axis))
+        if len(begin.members) + len(begin.left_out) > expected:
+            self._uneven_until = begin.number + len(record.shape)
 
     def _patience(self, post: _Post) -> tuple[MatchLimits, tuple[int, int] | None]:
         """Return how long to wait for whom, as far as it is known by the time our trainer asks."""

@@ -20,8 +20,9 @@ from mpd.daemon.rendezvous import MemoryBoard
 from mpd.daemon.runs import Switchboard
 from mpd.daemon.state_desk import StateDesk
 from mpd.deadlines import MIN_SAMPLES, PROGRESS, WINDOW
+from mpd.elastic import CycleCount
 from mpd.errors import PeerError
-from mpd.grid import Cell, axis_of, line_of, on_grid, slot
+from mpd.grid import Cell, axis_of, line_of, on_grid, slot, table
 from mpd.ids import PeerId, show_peer
 from mpd.layout import Terms
 from mpd.mass import Shares, Standing, after, certificate, enter
@@ -789,6 +790,47 @@ async def test_after_a_failed_round_a_peer_keeps_its_old_cell_and_goes_on_with_t
         assert members[0].lobby.cell == before
         assert len({member.lobby.number for member in members}) == 1
         await sleep(0.5)  # its line may have one more member than it is made for: first let them see each other
+
+
+async def test_a_lookup_where_we_stood_does_not_keep_us_from_looking_where_we_stand(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    slow_s = 0.0
+    swarm = Swarm(nursery, look_up_s=lambda: slow_s)
+    members = await settled(swarm, 9, terms(3))
+    slow_s = 1000.0
+    await sleep(11)  # all look again, and would do so for a long time
+    slow_s = 0.0
+    for _ in range(3):
+        assert all(isinstance(verdict, Begun) for verdict in await all_ask(members))
+
+
+async def test_who_has_seen_a_line_that_is_too_long_expects_one_more_everywhere_for_a_cycle(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    members = await settled(Swarm(nursery), 9, terms(4, "exact"))
+    record = members[0].lobby.record
+    assert record is not None
+    sizes = table(9, record.shape)
+
+    def more(member: Member) -> int:
+        """By how much more than the grid says this one expects where it stands."""
+        axis = axis_of(member.lobby.number, record.shape)
+        line = line_of(member.lobby.cell, axis)
+        return member.lobby._expected(record, axis, line)[1] - sizes.expected(axis, line)
+
+    short, long = sorted(((0,), (1,)), key=lambda line: sizes.expected(0, line))
+    mover = next(member for member in members if line_of(member.lobby.cell, 0) == long)
+    for member in members:
+        member.lobby.shaping._elastic.note(0.0, CycleCount(9, True, 5))  # a cycle that has counted all
+    mover.lobby._go_to(0, (mover.lobby.cell[0], *short))
+    await sleep(0.5)
+    verdicts = await all_ask(members)
+    assert [more(member) for member in members] == [int(len(group(verdict)) == 5) for verdict in verdicts]
+    assert len({len(group(verdict)) for verdict in verdicts}) == 2
+    for member in members:
+        member.lobby.number += 2
+    assert not any(map(more, members))
 
 
 async def test_a_cycle_goes_on_after_a_round_without_a_group_and_the_next_one_begins_at_its_first_phase(

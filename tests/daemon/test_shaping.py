@@ -269,7 +269,7 @@ async def test_a_lie_about_a_newer_record_costs_little(nursery: trio.Nursery, au
     await company.pass_time(6)
     assert epochs(company) == {1}
     slowest = max(stride.ended - stride.began for trainee in company.here for stride in trainee.strides[-6:])
-    assert slowest < 3.0
+    assert slowest < 3.5, "a second for the news, two for who comes late, and lines may have one more for a cycle"
     assert all(stepped.exact for stepped in company.last())
     nursery.cancel_scope.cancel()
 

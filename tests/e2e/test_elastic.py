@@ -29,7 +29,6 @@ N_ELEMS = 1009
 SIZES = [*range(3, 18), 24, 31, 33] if SOAK else [3, 7, 8, 11]
 KILLED_OF, N_KILLS = (16, 24) if SOAK else (9, 4)
 GROWTH = (8, 32, 12) if SOAK else (4, 11, 5)
-N_SPARE = 0 if SOAK else 1  # of so few cycles: the short form runs beside other tests, which may make a peer late
 PATIENCE_S = 180.0 if SOAK else 60.0
 GROWN_AT_ONCE = 4  # a machine with two cores starts no more at the same time
 
@@ -104,15 +103,17 @@ def test_every_number_of_peers_ends_exact_certified_and_counted(
 
 
 def has_mates(daemons: Sequence[DaemonProcess], victim: int, run: str, first: int, m: int) -> bool:
-    """Return whether somebody else went to the same cell as the victim after round `first`.
+    """Return whether all the victim brought to round `first` is with somebody else who went to the same cell after it.
 
-    A coordinate is the place in the group plus something that is the same for all, modulo `m`.
+    Who dies in the very moment in which it sends the last sums may take one of them along; then its share is lost in
+    part, and nobody's mean can be exact. A coordinate is the place in the group plus something that is the same for
+    all, modulo `m`.
     """
     for i, daemon in enumerate(daemons):
         if i == victim:
             continue
         for record in daemon.connect().rounds(run, 8):
-            if record["number"] == first and daemons[victim].peer in record["group"]:
+            if record["number"] == first and daemons[victim].peer in record["contributors"]:
                 place = record["group"].index(daemons[victim].peer)
                 return any(other % m == place % m for other in range(len(record["group"])) if other != place)
     return False
@@ -157,7 +158,7 @@ def test_a_peer_that_is_killed_costs_no_cycle_if_it_has_a_cell_mate(
         record_property, "killed", peers=KILLED_OF, kills=N_KILLS, with_mates=n_mated, exact=n_exact, exact_of_all=n_all
     )
     assert n_mated
-    assert n_exact >= 0.9 * n_mated - N_SPARE, others
+    assert n_exact >= 0.9 * n_mated, others
 
 
 # ------------------------------------------------------------------------------------------------ swarms come and go
