@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpd.errors import PeerError
+from mpd.errors import NotFinite, PeerError
 from mpd.exchange import (
     Action,
     CloseLink,
@@ -62,7 +62,8 @@ class Bytes:
 
     def __init__(self, plan: RoundPlan) -> None:
         self.input = 4**plan.me
-        self.distrusted = 0  # mask of the members whose payloads are unusable
+        self.distrusted = 0  # mask of the members whose values are not finite
+        self.malformed = 0  # and of those who send what is no payload at all
         self.slots: dict[int, int] = {}
         self.accumulators: dict[int, int] = {}
         self._adds_itself = plan.senders >> plan.me & 1
@@ -74,7 +75,9 @@ class Bytes:
 
     def add(self, chunk: int, sender: int, payload: int) -> None:
         if self.distrusted >> sender & 1:
-            raise PeerError("not a number")
+            raise NotFinite("not a number")
+        if self.malformed >> sender & 1:
+            raise PeerError("a bomb")
         self.accumulators[chunk] += payload
 
     def close(self, chunk: int, contributors: int) -> None:

@@ -95,23 +95,23 @@ class Network:
         self.slow: dict[int, float] = {}  # place -> how much longer everything takes to and from there
         self.watch_record: Callable[[Link, Any], None] = lambda link, header: None
         self.blame: Callable[[Link, PeerError], None]
-        self._base_s = rng.choice((0.001, 0.01, 0.05))
+        self.base_s = rng.choice((0.001, 0.01, 0.05))
         self._pace: dict[tuple[int, int], float] = {}
 
     def delay_s(self, here: Peers, there: Peers) -> float:
         """Return how long the next thing takes from here to there."""
         pace = self._pace.setdefault((here.index, there.index), self.rng.choice((1.0, 1.0, 1.0, 4.0)))
         pace *= self.slow.get(here.index, 1.0) * self.slow.get(there.index, 1.0)
-        return self._base_s * pace * self.rng.uniform(0.2, 2.0)
+        return self.base_s * pace * self.rng.uniform(0.2, 2.0)
 
     @property
     def is_quick(self) -> bool:
         """True if an answer takes less than a tenth of a second."""
-        return self._base_s <= 0.01 and not self.slow
+        return self.base_s <= 0.01 and not self.slow
 
     def round_s(self) -> float:
         """Return about how long a round takes."""
-        return self._base_s * 20
+        return self.base_s * 20
 
     def is_cut(self, here: Peers, there: Peers) -> bool:
         return (here.index, there.index) in self.cuts
@@ -120,7 +120,7 @@ class Network:
         """Make a link from `caller` to whoever lives at `endpoint`. Raises Unreachable."""
         index = int(endpoint.host.rpartition(".")[2]) - 1
         place = (caller.index, index)
-        await tasks.sleep(self._base_s * self.rng.uniform(0.5, 3))
+        await tasks.sleep(self.base_s * self.rng.uniform(0.5, 3))
         there = self.at.get(index)
         if {place, place[::-1]} & self.cuts or index in self.silent or (there and there.machine.is_frozen):
             await tasks.sleep(HANDSHAKE_S)
