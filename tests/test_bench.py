@@ -39,6 +39,13 @@ def test_a_goal_is_judged_by_its_worst_case_and_only_if_it_was_measured() -> Non
     assert {row["met"] for row in goals.rows({})} == {None}
 
 
+def test_the_sealed_path_is_judged_by_its_bytes_per_second_over_those_of_the_plain_one() -> None:
+    columns = {"plain adopt": 0.6, "mpd adopt": 0.8, "plain copies": 0.6, "mpd copies": 1.0}
+    rounds = [{"peers": 4, "mib": 64, "columns": {name: {"median_s": s} for name, s in columns.items()}}]
+    (row,) = (row for row in goals.rows({"rounds": rounds}) if row["what"].startswith("sealed / plain"))
+    assert (row["goal"], row["seen"], row["met"]) == (">= 0.65", "0.6", False)
+
+
 class Devices:
     """Stands in for the kernel: notes what is handed over, and to whom."""
 

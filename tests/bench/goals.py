@@ -52,6 +52,14 @@ def _over_floor(result: Result) -> float | None:
     return max(found, default=None)
 
 
+def _sealed_over_plain(result: Result) -> float | None:
+    """Return bytes per second of the sealed path over those of the plain one, the smaller of both variants."""
+    found = []
+    for variant in ("adopt", "copies"):
+        found += _ratios(result, f"plain {variant}", f"mpd {variant}", lambda peers, mib: (peers, mib) in FOUR)
+    return min(found, default=None)
+
+
 def _share(*names: str) -> Seen:
     """Return the smallest share of the link-bound time among these cases."""
 
@@ -100,6 +108,7 @@ GOALS = (
         ratio("mpd adopt", "gloo", [(2, 16), (2, 256), (8, 16), (8, 256)]),
     ),
     Goal("hivemind float32 / mpd sealed, adopt, 4 x 64 MiB", 10, ratio("hivemind float32", "mpd adopt", FOUR), True),
+    Goal("sealed / plain, bytes per second, 4 x 64 MiB (worst)", 0.65, _sealed_over_plain, True),
     Goal("sealed / floor on the spot, 64 MiB and up (worst)", 1.8, _over_floor),
     Goal(
         "100 Mbit/s, 4 and 8 peers x 16 MiB: share of the link-bound time",
