@@ -20,7 +20,7 @@ from mpd.config import RoundLimits
 from mpd.deadlines import Pace
 from mpd.errors import PeerError
 from mpd.grid import MAX_ROSTER, Cell, Line, ShapeRecord, axis_of, line_of, next_cell, slot, table
-from mpd.grouping import compose_begins
+from mpd.grouping import check_weights, compose_begins
 from mpd.ids import Endpoint, PeerId, RoundId, peer_id, show_peer
 from mpd.layout import Terms
 from mpd.mass import Standing
@@ -668,6 +668,8 @@ class Lobby:
             )
         if isinstance(message, Begin) and self.terms.aggregate != "mean":
             self._check_stack(message)
+        if isinstance(message, Begin) and self.record is not None and message.epoch == self.record.epoch:
+            check_weights(message, self.shape, self.terms.rounds == "exact")
         if isinstance(message, RunTerms):
             self._on_terms(link, message)
             return

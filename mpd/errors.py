@@ -18,6 +18,10 @@ class PeerError(MpdError):
     """Another peer broke the rules. Drop that peer; the round goes on without it."""
 
 
+class NotFinite(PeerError):
+    """A peer's values hold a NaN or an infinity, which may happen to anybody. They do not count, and the peer stays."""
+
+
 class RoundFailed(MpdError):
     """This round did not average. The old values stay; the next round may well succeed."""
 

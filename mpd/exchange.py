@@ -17,7 +17,7 @@ from typing import Any
 
 from mpd.agreement import Agreement
 from mpd.chunks import NO_VERSION, Chunks
-from mpd.errors import PeerError, RoundFailed
+from mpd.errors import NotFinite, PeerError, RoundFailed
 from mpd.group import Group
 from mpd.messages import Ask, Commit, Done, Few, Need, NewPlan, Prepare, Promise, Want
 from mpd.reduce import mask_of, members_of
@@ -97,7 +97,10 @@ class Exchange:
             try:
                 self._chunks.add_piece(sender, chunk, payload)
             except PeerError as error:
-                self._drop_senders(1 << sender, f"its piece of chunk {chunk} is unusable: {error}")
+                why = f"its piece of chunk {chunk} is unusable: {error}"
+                self._drop_senders(1 << sender, why)
+                if not isinstance(error, NotFinite):
+                    raise PeerError(why) from error  # nobody makes such bytes by mistake
         self._settle_if_needed(now)
 
     def on_result(self, now: float, sender: int, chunk: int, version: int, contributors: int, payload: Any) -> None:

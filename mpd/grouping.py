@@ -11,12 +11,12 @@ import random
 from collections.abc import Mapping
 
 from mpd.elastic import max_line
-from mpd.errors import RoundFailed
+from mpd.errors import PeerError, RoundFailed
 from mpd.grid import Shape, axis_of, line_of, on_grid, seating
-from mpd.ids import ROUND_ID_BYTES, PeerId
+from mpd.ids import ROUND_ID_BYTES, PeerId, show_peer
 from mpd.layout import MAX_WEIGHT
 from mpd.manifest import MAX_NUMBER
-from mpd.mass import Shares, cuts, shares
+from mpd.mass import MAX_MASS, Shares, cuts, shares
 from mpd.messages import MAX_MEMBERS, Begin, Join, Member
 from mpd.schedule import chunk_bytes_for, tempered_fractions
 
@@ -145,10 +145,26 @@ def _misfit(ticket: Join, leader: Join, shape: Shape, exact: bool) -> str:
         return f"stands at round {ticket.number}, in another phase"
     if not on_grid(cell, shape) or line_of(cell, axis) != line_of(place, axis):
         return "stands on another line of the grid"
-    # Mass moves in the later rounds of a cycle only. In any other it is the weight of the peer's own trainers.
-    if mass > MAX_WEIGHT and (axis == 0 or not exact):
-        return f"weighs {mass:g}: at most {MAX_WEIGHT:g} expected"
+    if mass > (most := _most_mass(leader.number, shape, exact)):
+        return f"weighs {mass:g}: at most {most:g} expected"
     return ""
+
+
+def check_weights(begin: Begin, shape: Shape, exact: bool) -> None:
+    """Raise PeerError if a member weighs more than a peer may in that round, whatever its leader has made of it."""
+    most = _most_mass(begin.number, shape, exact)
+    heaviest = max(begin.members, key=lambda member: member.weight)
+    if heaviest.weight > most:
+        name = show_peer(PeerId(heaviest.peer))
+        raise PeerError(f"it begins a round in which {name} weighs {heaviest.weight:g}: at most {most:g} expected")
+
+
+def _most_mass(number: int, shape: Shape, exact: bool) -> float:
+    """Return the most that one member may weigh.
+
+    Mass moves in the later rounds of a cycle only. In any other it is the weight of the peer's own trainers.
+    """
+    return MAX_MASS if exact and axis_of(number, shape) else MAX_WEIGHT
 
 
 def _bandwidth(ticket: Join, upload: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mpd.errors import LocalError, PeerError, RoundFailed
+from mpd.errors import LocalError, NotFinite, PeerError, RoundFailed
 from mpd.layout import ITEM_BYTES, MAX_WEIGHT, Segment
 
 Buffer = bytes | bytearray | memoryview
@@ -107,10 +107,10 @@ def check_planned(values: Buffer, dtype: str, n_elems: int, weight: float) -> No
 
 
 def check_finite(values: Buffer, dtype: str) -> None:
-    """Raise PeerError if there is a NaN or Inf among the values."""
+    """Raise NotFinite if there is a NaN or Inf among the values."""
     bad = first_non_finite(values, dtype)
     if bad is not None:
-        raise PeerError(f"a contribution has a NaN or Inf at element {bad}: finite values expected")
+        raise NotFinite(f"a contribution has a NaN or Inf at element {bad}: finite values expected")
 
 
 class Accumulator:

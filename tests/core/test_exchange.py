@@ -370,12 +370,20 @@ def test_pieces_of_redone_chunks_are_asked_for_a_few_at_a_time() -> None:
 # ----------------------------------------------------------------------------------------------------- bad contents
 
 
-def test_a_sender_of_unusable_pieces_is_left_out_and_named() -> None:
+def test_a_sender_of_values_that_are_not_finite_is_left_out_and_named_and_stays() -> None:
     net = Net(make_plans(3, [0, 0, 1]))
     net.vaults[0].distrusted = 0b100
     net.run(until=5.0)
     assert outcomes(net) == [[0b011, 0b011, 0b111]] * 3
     assert net.members[0].missing[2] == "not in 2 of 3 chunks: its piece of chunk 0 is unusable: not a number"
+
+
+def test_a_sender_of_a_piece_that_is_no_payload_has_broken_the_rules() -> None:
+    exchange, vault = machine(3, 0, [0, 2])
+    vault.malformed = 0b010
+    with pytest.raises(PeerError, match="its piece of chunk 0 is unusable: a bomb"):
+        exchange.on_piece(1.0, 1, 0, 0, 4)
+    assert "its piece of chunk 0 is unusable: a bomb" in exchange.missing[1]
 
 
 def test_a_sender_of_an_unusable_result_is_lost() -> None:

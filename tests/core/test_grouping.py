@@ -1,5 +1,6 @@
 """From tickets to a `Begin`: seats, shares, shards, durations, and tickets that lie."""
 
+import contextlib
 import random
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from sim.slot_sim import DIGEST, NUMBER, SLOT, peer, ticket
 
 from mpd.errors import PeerError, RoundFailed
 from mpd.grid import seating
-from mpd.grouping import MAX_LEFT_OUT, compose_begins
+from mpd.grouping import MAX_LEFT_OUT, check_weights, compose_begins
 from mpd.ids import PeerId
 from mpd.layout import MAX_WEIGHT
 from mpd.manifest import MAX_NUMBER
@@ -192,6 +193,15 @@ def test_mass_where_none_has_moved_yet_costs_only_its_owner(number: int, exact: 
     begin = compose(joined, shape=(2, 2), exact=exact)
     assert {m.peer for m in begin.members} == {peer(0), peer(1)}
     assert begin.left_out == {peer(2): "weighs 2e+08: at most 1e+08 expected"}
+
+
+@pytest.mark.parametrize(("number", "exact", "refuses"), [(0, True, True), (3, False, True), (3, True, False)])
+def test_no_leader_makes_anybody_weigh_more_than_a_peer_may(number: int, exact: bool, refuses: bool) -> None:
+    begin = replace(compose(tickets(ticket(0), ticket(1))), number=number)
+    check_weights(begin, (2, 2), exact)
+    heavy = replace(begin, members=(replace(begin.members[0], weight=1e9), begin.members[1]))
+    with pytest.raises(PeerError, match=r"weighs 1e\+09: at most 1e\+08") if refuses else contextlib.nullcontext():
+        check_weights(heavy, (2, 2), exact)
 
 
 def test_mass_inside_a_cycle_counts_each_cell_once() -> None:

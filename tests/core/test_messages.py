@@ -12,7 +12,7 @@ from message_strategies import gone_wrong, messages, outcome, required_fields
 
 from mpd.control import LOCAL, Stepped
 from mpd.errors import PeerError
-from mpd.mass import Shares, certificate, enter
+from mpd.mass import MAX_MASS, Shares, certificate, enter
 from mpd.messages import EXCHANGE, PEERS, Begin, Hello, Join, Member
 from mpd.vocabulary import Vocabulary
 
@@ -171,6 +171,7 @@ def test_a_group_has_to_add_up(members: list[Member], words: str) -> None:
         ({"weight": NAN}, "a weight lies between"),
         ({"weight": -1.0}, "a weight lies between"),
         ({"weight": INF}, "a weight lies between"),
+        ({"weight": 1.01 * MAX_MASS}, "a weight lies between"),
         ({"heads": -0.5}, "heads are a count"),
         ({"heads": 2.0**20 + 1}, "heads are a count"),
         ({"peer": b"a"}, "a peer id has 20 bytes"),

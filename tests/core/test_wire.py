@@ -1,6 +1,7 @@
 """Frames whole, split at every byte, byte by byte and with a tail; headers and greetings field by field."""
 
 import struct
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -95,6 +96,7 @@ def test_the_largest_frame_passes():
 @pytest.mark.parametrize("length", [0, MAX_CONTROL_BYTES + 1, 2**31, 2**32 - 1])
 def test_an_illegal_length_is_refused_before_its_body_arrives(length):
     stream = control_frame(b"fine") + struct.pack("<I", length)
+    tracemalloc.start()
     for reads in ways_to_read(stream):
         buffer, frames = ControlBuffer(), []
         for data in reads:
@@ -104,6 +106,8 @@ def test_an_illegal_length_is_refused_before_its_body_arrives(length):
             with pytest.raises(PeerError, match=f"announces {length} bytes"):
                 buffer.next_frame()
         assert frames == [b"fine"]
+    assert tracemalloc.get_traced_memory()[1] < 64 * 1024, "room was made for what was only announced"
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("n_bytes", [0, MAX_CONTROL_BYTES + 1])

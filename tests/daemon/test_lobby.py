@@ -1135,6 +1135,15 @@ async def test_no_leader_has_us_keep_everybody_s_vector(nursery: trio.Nursery, a
         one.lobby.on_message(one.daemon.peers.get(other.own), greedy)
 
 
+async def test_no_leader_makes_itself_count_for_everybody(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    one, other = await settled(Swarm(nursery), 2)
+    begin = (await all_ask([one, other]))[0]
+    assert isinstance(begin, Begun)
+    members = tuple(replace(member, weight=1e9) for member in begin.begin.members)
+    with pytest.raises(PeerError, match=r"weighs 1e\+09: at most 1e\+08 expected"):
+        one.lobby.on_message(one.daemon.peers.get(other.own), replace(begin.begin, round_id=b"h" * 16, members=members))
+
+
 async def test_a_plan_of_tiny_chunks_is_no_plan(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     """For a vector of 1 GiB its books would stop the whole daemon for seconds."""
     one, other = await settled(Swarm(nursery), 2)

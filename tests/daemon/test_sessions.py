@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import math
+import re
 import socket
 import weakref
 from collections import Counter
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import pytest
 import trio
 import trio.testing
+import zstandard
 from daemon_helpers import HANG_S, ROUND, Node, Parcel, Recorder, record, start_node
 
 from mpd.codecs import codec_named
@@ -826,6 +828,7 @@ class Forged(Parcel):
 async def test_a_record_outside_the_plan_costs_its_sender_its_link_and_nobody_waits(
     wrong: dict[str, int], reason: str
 ) -> None:
+    """Its body never comes, so it is the header that ends the link: within a round trip, and no limit has to pass."""
     async with swarm(4) as s:
         begin = s.begin()
         s.nodes[3].events.sessions.refuse(ROUND)
@@ -836,6 +839,24 @@ async def test_a_record_outside_the_plan_costs_its_sender_its_link_and_nobody_wa
         await s.run(begin, [0, 1, 2])
         s.expect_success(0, 1, 2, contributors=0b0111)
         assert any(reason in why for why in s.nodes[0].events.reasons)
+        assert reason in s.results[0].missing[3]
+        s.expect_nothing_left()
+
+
+async def test_a_decompression_bomb_costs_its_sender_its_link_and_nobody_waits() -> None:
+    async with swarm(4, codec="zstd") as s:
+        begin = s.begin()
+        s.nodes[3].events.sessions.refuse(ROUND)
+        for i in (1, 2):
+            await s.nodes[3].peers.link(s.nodes[i].own, s.nodes[i].endpoint)
+        link = await s.nodes[3].peers.link(s.nodes[0].own, s.nodes[0].endpoint)
+        bomb = zstandard.compress(bytes(64 * MIB))
+        link.ship(Forged(piece_header(s, begin, codec=2, n_bytes=len(bomb)), bomb))
+        await s.run(begin, [0, 1, 2])
+        s.expect_success(0, 1, 2, contributors=0b0111)
+        await s.nodes[0].events.until(lambda: s.nodes[0].events.reasons)
+        (reason,) = s.nodes[0].events.reasons
+        assert re.search("zstd|frame", reason)
         assert reason in s.results[0].missing[3]
         s.expect_nothing_left()
 
