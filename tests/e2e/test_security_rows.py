@@ -41,6 +41,7 @@ from e2e_swarm import (
 )
 from relay import Relay, pass_on
 
+from mpd.daemon.budgets import Budgets
 from mpd.daemon.dht_node import DhtNode, start_node
 from mpd.ids import Endpoint
 from mpd.wire import HEADER_BYTES
@@ -305,9 +306,10 @@ def test_killed_trainers_leave_nothing_in_dev_shm(four: list[DaemonProcess]) -> 
 # --------------------------------------------------------------------------------------------------------------- floods
 
 
-# What presses against a daemon: noise, a member's forged records, connections that stay idle, to its port and to its
-# socket, each so many times a second, at each of the targets in turn. Prints when it begins, on the clock that all
-# processes share, and in the end what it has sent.
+# What presses against a daemon: noise, a member's forged records, and its true ones, each under another key, connections
+# that stay idle, to its port and to its socket, each so many times a second, at each of the targets in turn. The member
+# introduces itself first, so that its records are looked at. Prints when it begins, on the clock that all processes
+# share, and in the end what it has sent.
 FLOOD = """
 import base64, contextlib, json, os, random, socket, sys, time
 from collections import deque
@@ -334,6 +336,10 @@ def forged():
     record = msgspec.structs.replace(true, seq=true.seq + rng.randint(1, 1000))
     return member.ask(m.Store(member.id, victim, b"k" * 20, 0, record))
 
+def greedy():
+    key = rng.randbytes(20)
+    return member.ask(m.Store(member.id, victim, key, 0, member.record(key, value=b"v" * 100)))
+
 def keep(pool, most, family, address):
     sock = socket.socket(family)
     sock.setblocking(False)
@@ -346,10 +352,13 @@ def keep(pool, most, family, address):
 acts = {
     "noise": lambda: outside.sendto(rng.choice(noise), target),
     "forged": lambda: inside.sendto(forged(), target),
+    "greedy": lambda: inside.sendto(greedy(), target),
     "callers": lambda: keep(callers, 640, socket.AF_INET, target),
     "clients": lambda: keep(clients, 640, socket.AF_UNIX, path),
 }
 sent = dict.fromkeys(order["per_s"], 0)
+for address, _ in targets:
+    inside.sendto(member.ping(), address)
 began = time.monotonic()
 print(began, flush=True)
 while (now := time.monotonic() - began) < order["seconds"]:
@@ -438,7 +447,7 @@ def p95(took: list[float]) -> float:
 
 
 def test_a_flood_of_datagrams_hides_no_record(four: list[DaemonProcess], record_property: Record) -> None:
-    """5,000 datagrams a second: noise, and a member's forged records, far over its quota."""
+    """5,000 datagrams a second: noise, a member's forged records, and true ones of it, far over its quota."""
     victim, key, seconds = four[1], b"h" * 20, FLOOD_S
     took: dict[str, list[float]] = {"peace": [], "flood": []}
 
@@ -458,23 +467,26 @@ def test_a_flood_of_datagrams_hides_no_record(four: list[DaemonProcess], record_
             await seek(seeker, "peace")
         before = victim.status()["budgets"]["records"]["used"]
         resident, used_s, began = resident_bytes(victim.pid), helpers_s(victim.pid), time.monotonic()
-        with Flood(victim, {"noise": 2500, "forged": 2500}, seconds, [target_of(victim)]) as flood:
+        with Flood(victim, {"noise": 2500, "forged": 1500, "greedy": 1000}, seconds, [target_of(victim)]) as flood:
             while not flood.is_over():
                 await seek(seeker, "flood")
             sent = flood.end()
         share = busiest_helper_s(victim.pid, used_s) / (time.monotonic() - began)
         growth = resident_bytes(victim.pid) - resident
-        assert victim.status()["budgets"]["records"]["used"] <= before
+        n_held = victim.status()["budgets"]["records"]["used"] - before
+        assert 0 < n_held <= Budgets().records_per_publisher.limit, "its true records are held, up to its share"
         assert await seeker.seek(b"k" * 20) == ()
         assert growth < 32 * MIB
         assert not SOAK or share < 0.6
         await asyncio.gather(publisher.close(), seeker.close())
         record_property("flood", f"{sent} for {seconds:g} s")
         record_property("RSS, DHT thread", f"+{growth / MIB:.1f} MiB, {share:.0%} of a core")
+        record_property("records held of the greedy member", n_held)
 
     pressed = refusals(victim)
     on_one_loop(scene)
     assert refusals(victim) > pressed
+    assert not SOAK or p95(took["flood"]) < 2 * p95(took["peace"])
     record_property(
         "p95 of a lookup, in peace and under it", " ".join(f"{p95(each) * 1e3:.1f} ms" for each in took.values())
     )
@@ -505,7 +517,7 @@ def test_rounds_go_on_under_ten_times_every_rate(
     """
     group = [*four[1:], swarm.grow(1)[0]]
     victim, run, vectors = group[0], new_run(), powers_of_two(4, MIB // 4)
-    per_s = {"noise": 20_000, "forged": 5000, "callers": 128, "clients": 128}
+    per_s = {"noise": 20_000, "forged": 4000, "greedy": 1000, "callers": 128, "clients": 128}
     took_s: tuple[list[float], list[float]] = [], []  # in peace, and under pressure
     used_s = [0.0, 0.0]  # of the victim's processor
     pressed = refusals(victim)
@@ -562,4 +574,4 @@ def test_a_handshake_of_a_stranger_costs_about_a_millisecond(
                 tls.recv(1)
     each_ms = (processor_s(str(victim.pid)) - before) / N_HANDSHAKES * 1e3
     record_property("ms of CPU per handshake", round(each_ms, 2))
-    assert each_ms < 4
+    assert each_ms < 2
