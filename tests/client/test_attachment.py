@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +54,13 @@ def test_windows_outlive_the_attachment(path: Path, server: DaemonThread) -> Non
 
 
 def test_an_attachment_that_has_ended_keeps_no_memory(path: Path, server: DaemonThread) -> None:
+    before = Counter(_resident_memfds())  # other tests in this process may have left some for the garbage collector
     attachment = attach(path, np.ones(8192))
     attachment.snapshot()
     attachment.close()
     assert server.trainers.seats[0].closed.wait(10)
     server.stop()
-    assert _resident_memfds() == []
+    assert Counter(_resident_memfds()) <= before
 
 
 def test_a_refusal_is_passed_on(path: Path, server: DaemonThread) -> None:
