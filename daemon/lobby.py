@@ -619,7 +619,12 @@ class Lobby:
             return limits, None
         # Whoever had to wait for somebody in the rounds of this cycle before is later by as much.
         late_s = min(phase * limits.settle_s, MAX_LATE_S)
-        limits = replace(limits, window_s=limits.window_s + late_s, settle_s=limits.settle_s + late_s)
+        limits = replace(
+            limits,
+            window_s=limits.window_s + late_s,
+            settle_s=limits.settle_s + late_s,
+            quick_s=limits.quick_s * (1 + phase),
+        )
         if self.shaping.is_settled:
             return limits, None
         # The swarm has come apart: lines are of any size, and parts of it go round one after the other. If all lines

@@ -11,6 +11,7 @@ What is told is a number that makes us look, no more: what we go by, we have rea
 """
 
 import math
+import statistics
 from typing import Any
 
 import trio
@@ -25,7 +26,7 @@ from .roster import Roster
 MAX_LATE_S = 5.0  # by how much peers may be later because they had to wait in the rounds before
 RESYNC_S = 0.4  # how long a line waits for newcomers in a swarm that has come apart
 _NEARLY = 0.9
-_NEWS_S = 1.0  # how long a cycle may wait for a record that others have read
+_NEWS_S = 0.6  # how long a cycle may wait for a record that others have read; its line waits for us for a second
 _LATE_S = 1.0  # how long a line waits for its members in the midst of a cycle when others have gone over
 _DESERTED_S = 1.0  # between two looks because nobody is there
 _IN_VAIN_S = 10.0  # so long nobody is waited for again after a record that was not there
@@ -54,7 +55,8 @@ class Shaping:
         self._vain_until = -math.inf
         self._sizes: list[tuple[int, int]] = []  # of the lines of this cycle: members, and peers at that rate
         self._n_written = 0
-        self._last_certified: int | None = None  # heads of the last cycle
+        self._last_counted: float | None = None  # heads of the last cycle, or how many there are if its lines are typical
+        self._counted_all = False  # the last cycle has counted as many peers as its shape is for
         self.is_settled = True
 
     # ------------------------------------------------------------------------------------------------- what is counted
@@ -71,7 +73,9 @@ class Shaping:
         if self.record is None or not self._sizes:
             return
         sizes, self._sizes = self._sizes, []
-        self._last_certified = heads if is_certified else 0
+        # Most lines of a swarm that has come apart are short. Who was only late itself has missed one of them.
+        self._last_counted = heads if is_certified else statistics.median(peers for _, peers in sizes)
+        self._counted_all = is_certified and heads == self.record.n_peers
         if not is_certified:
             heads = round(sum(peers for _, peers in sizes) / len(sizes))
             if len(self._roster.others) < MAX_ROSTER:  # else they are more than can be seen
@@ -97,7 +101,9 @@ class Shaping:
         record, n_announced = self.record, len(self._roster.others) + 1
         if record is None or n_announced > MAX_ROSTER:
             return True  # they are more than can be seen, so nobody knows better
-        is_counted = self._last_certified is None or self._last_certified >= _NEARLY * n_announced
+        if self._counted_all and n_announced <= record.n_peers:
+            return True  # whom a cycle has counted was there, whatever one lookup shows
+        is_counted = self._last_counted is None or self._last_counted >= _NEARLY * n_announced
         return is_counted and n_announced == record.n_peers
 
     @property
@@ -234,7 +240,8 @@ class Shaping:
         self.record = record
         self._elastic.adopt(record)
         self._sizes.clear()
-        self._last_certified = None
+        self._last_counted = None
+        self._counted_all = False
         if self.successor is not None and not newer(self.successor, record):
             self.successor = None
         if self._heard <= record.epoch:

@@ -833,6 +833,19 @@ async def test_who_has_seen_a_line_that_is_too_long_expects_one_more_everywhere_
     assert not any(map(more, members))
 
 
+async def test_in_later_rounds_of_a_cycle_lines_wait_for_those_that_earlier_ones_have_delayed(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    (member, *_) = await settled(Swarm(nursery), 9, terms(4, "exact"))
+    post = member.lobby._post
+    assert post is not None
+    first, _ = member.lobby._patience(replace(post, number=0))
+    second, _ = member.lobby._patience(replace(post, number=1))
+    assert second.quick_s == 2 * first.quick_s
+    assert second.settle_s == 2 * first.settle_s
+    assert second.window_s == first.window_s + first.settle_s
+
+
 async def test_a_cycle_goes_on_after_a_round_without_a_group_and_the_next_one_begins_at_its_first_phase(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:

@@ -306,7 +306,7 @@ def test_killed_trainers_leave_nothing_in_dev_shm(four: list[DaemonProcess]) -> 
 # --------------------------------------------------------------------------------------------------------------- floods
 
 
-# What presses against a daemon: noise, a member's forged records, and its true ones, each under another key, connections
+# What presses against a daemon: noise, a member's forged records, its true ones, each under another key, connections
 # that stay idle, to its port and to its socket, each so many times a second, at each of the targets in turn. The member
 # introduces itself first, so that its records are looked at. Prints when it begins, on the clock that all processes
 # share, and in the end what it has sent.
