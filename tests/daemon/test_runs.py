@@ -470,10 +470,13 @@ async def test_the_answer_to_a_dial_back_is_believed(
     assert "evil" not in one.heard[-1]
 
 
-async def test_an_answer_that_nobody_asked_for_ends_the_link(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
-    one, _, there, _ = await linked(nursery)
+async def test_an_answer_that_nobody_asked_for_ends_the_link_and_the_log_names_its_sender(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    one, other, there, _ = await linked(nursery)
     one.peers.is_reachable = False
     there.send(DialledBack(True, "evil.example"))
     await pass_time(0.1)
     assert not one.peers.is_reachable
     assert "which nobody had asked" in there.reason
+    assert any(show_peer(other.own) in line and "which nobody had asked" in line for line in one.heard)
