@@ -111,6 +111,7 @@ class Lobby:
         self._wanted = 0
         self._uneven_until = -1  # the round until which lines may be larger than the grid expects
         self._is_aside = False
+        self._stood: _Post | None = None  # where we stood before we stepped aside
 
     @property
     def own(self) -> PeerId:
@@ -338,6 +339,7 @@ class Lobby:
         """Stand nowhere, so that nobody waits for us, until `come_back` or until a trainer wants a group."""
         post, self._post, self._is_aside = self._post, None, True
         if post is not None:
+            self._stood = post
             post.matchmaker.cancel(trio.current_time(), "its trainer loads a state")
             self._pump(post)
             self._look_elsewhere()
@@ -348,6 +350,11 @@ class Lobby:
             self._is_aside = False
             if self.record is not None:
                 self._stand()
+            post, before, self._stood = self._post, self._stood, None
+            if post is not None and before is not None and post.slot == before.slot:
+                for peer in filter(self._contacts.is_linked, sorted(before.company)):
+                    self._meet(post, peer)  # they have forgotten us, and may begin before the rendezvous shows us again
+                self._pump(post)
 
     async def find_peers(self) -> dict[PeerId, Endpoint | None]:
         """Return the other peers of this run that seem to be there, and where each can be dialled."""

@@ -833,6 +833,19 @@ async def test_who_has_seen_a_line_that_is_too_long_expects_one_more_everywhere_
     assert not any(map(more, members))
 
 
+async def test_whoever_stands_again_where_it_stood_is_known_there_at_once(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    slow_s = 0.0
+    members = await settled(Swarm(nursery, look_up_s=lambda: slow_s), 4)
+    slow_s = 5.0
+    members[0].lobby.step_aside()
+    await sleep(0.1)
+    members[0].lobby.come_back()
+    await sleep(0.1)
+    assert [group(verdict) for verdict in await all_ask(members)] == [ids(members)] * 4
+
+
 async def test_in_later_rounds_of_a_cycle_lines_wait_for_those_that_earlier_ones_have_delayed(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:

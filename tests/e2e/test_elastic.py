@@ -26,8 +26,8 @@ SOAK = os.environ.get("MPD_SOAK") == "1"
 GROUP_SIZE = 4
 FLOAT32_ROUNDING = 8 * 2.0**-24  # of values up to 1
 N_ELEMS = 1009
-SIZES = [*range(3, 18), 24, 31, 33] if SOAK else [3, 7, 8, 11]
-KILLED_OF, N_KILLS = (16, 24) if SOAK else (9, 4)
+SIZES = [*range(3, 18), 24, 31, 33] if SOAK else [3, 8, 11]
+KILLED_OF, N_KILLS = (16, 24) if SOAK else (9, 3)
 GROWTH = (8, 32, 12) if SOAK else (4, 11, 5)
 PATIENCE_S = 180.0 if SOAK else 60.0
 GROWN_AT_ONCE = 4  # a machine with two cores starts no more at the same time

@@ -97,7 +97,8 @@ def fill(attached: Sequence[Averager], vectors: Sequence[Vector], number: int) -
     """Step once: all average, as step `number`."""
     for i, vector in enumerate(vectors):
         np.add(pattern(vector.nbytes), 2.0**i + number, out=vector)
-    assert all(outcome.averaged for outcome in step_all(attached))
+    outcomes = step_all(attached)
+    assert all(outcome.averaged for outcome in outcomes), outcomes
 
 
 def new_vectors(n_bytes: int, n: int = N) -> list[Vector]:
