@@ -55,9 +55,7 @@ class Shaping:
         self._vain_until = -math.inf
         self._sizes: list[tuple[int, int]] = []  # of the lines of this cycle: members, and peers at that rate
         self._n_written = 0
-        self._last_counted: float | None = (
-            None  # heads of the last cycle, or how many there are if its lines are typical
-        )
+        self._last_counted: float | None = None  # heads of the last cycle, or peers if its lines are typical
         self._counted_all = False  # the last cycle has counted as many peers as its shape is for
         self.is_settled = True
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpd.codecs import Codec
-from mpd.errors import PeerError, RoundFailed
+from mpd.errors import NotFinite, PeerError, RoundFailed
 from mpd.reduce import Accumulator, AccumulatorPool, first_non_finite, members_of
 from mpd.robust import Stack, StackPool
 from mpd.schedule import Chunk
@@ -82,7 +82,7 @@ class RegionVault:
         self._encoded.pop(chunk, None)
         bad = first_non_finite(self.slot_view(chunk), piece.dtype)
         if bad is not None:
-            raise PeerError(f"its result for chunk {chunk} is not finite at element {bad}")
+            raise NotFinite(f"its result for chunk {chunk} is not finite at element {bad}")
 
     def discard(self, chunk: int) -> None:
         """Forget a sum that will not be closed."""

@@ -113,8 +113,11 @@ class Exchange:
             try:
                 self._chunks.store_result(chunk, version, contributors, payload)
             except PeerError as error:
+                why = f"its result of chunk {chunk} is unusable: {error}"
+                if not isinstance(error, NotFinite):
+                    raise PeerError(why) from error
                 self._group.actions.append(CloseLink(sender))
-                self._lose(sender, f"its result of chunk {chunk} is unusable: {error}")
+                self._lose(sender, why)
         self._settle_if_needed(now)
 
     def on_message(self, now: float, sender: int, message: ExchangeMessage) -> None:

@@ -386,7 +386,15 @@ def test_a_sender_of_a_piece_that_is_no_payload_has_broken_the_rules() -> None:
     assert "its piece of chunk 0 is unusable: a bomb" in exchange.missing[1]
 
 
-def test_a_sender_of_an_unusable_result_is_lost() -> None:
+def test_a_sender_of_a_result_that_is_no_payload_has_broken_the_rules() -> None:
+    exchange, _ = machine(3, 0, [1, 2])
+    with pytest.raises(PeerError, match="its result of chunk 0 is unusable: a bomb"):
+        exchange.on_result(1.0, 1, 0, 0, 0b111, -2)
+    assert not exchange.is_occupied(0)
+    assert exchange.wants_result(2, 0, 0), "somebody else may have it"
+
+
+def test_a_sender_of_a_result_that_is_not_finite_is_lost() -> None:
     exchange, _ = machine(3, 0, [1, 2])
     exchange.on_result(1.0, 1, 0, 0, 0b111, -1)
     assert exchange.take_actions()[0] == CloseLink(1)

@@ -85,7 +85,7 @@ class Bytes:
 
     def store(self, chunk: int, payload: int) -> None:
         if payload < 0:
-            raise PeerError("not a number")
+            raise NotFinite("not a number") if payload == -1 else PeerError("a bomb")
         self._write(chunk, payload)
 
     def discard(self, chunk: int) -> None:
