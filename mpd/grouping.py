@@ -8,6 +8,7 @@ its members weigh follows from the whole line, so a claim of several cell-mates 
 """
 
 import random
+from collections import Counter
 from collections.abc import Mapping
 
 from mpd.elastic import max_line
@@ -38,7 +39,7 @@ def compose_begins(
     """Return the `Begin` of the group, or of each group if the line is cut; the leader's first.
 
     Args:
-        members: each member's ticket, the leader first; its run, slot, terms and epoch count, and the largest number.
+        members: each member's ticket, the leader first; its run, slot, terms and epoch count.
         left_out: announced peers that are not members, and why. If there are any in the first round of a cycle, a
             second leader may be closing a second group with them, so the result cannot be certified; in later ones
             the claims that are there, or are not, tell (mpd/mass.py).
@@ -66,7 +67,7 @@ def compose_begins(
     peers = tuple(map(PeerId, seating(fitting, round_id)))
     if not any(ticket.inbound for ticket in fitting.values()):
         raise RoundFailed("nobody in the group accepts connections, so nobody can reduce")
-    number = max(ticket.number for ticket in fitting.values())  # whoever is behind goes on with the others
+    number = _common_number(fitting, shape, exact)
     share = shares([fitting[peer].standing for peer in peers], number, shape, exact)
     if sum(share.weights) <= 0:
         raise RoundFailed("nobody in the group brings any weight into this round")
@@ -115,6 +116,19 @@ def compose_begins(
             )
         )
     return tuple(sorted(begins, key=lambda begin: members[0][0] not in {member.peer for member in begin.members}))
+
+
+def _common_number(tickets: Mapping[PeerId, Join], shape: Shape, exact: bool) -> int:
+    """Return the round that the members go on with: the largest number, since whoever is behind has nothing to lose.
+
+    In the midst of an exact cycle they have: what was brought into another cycle weighs nothing. There it is the number
+    of most members that bring something, and nobody who is ahead of them, or says so, takes it from them.
+    """
+    if exact and axis_of(next(iter(tickets.values())).number, shape) != 0:
+        brought = Counter(t.number for t in tickets.values() if t.standing.mass > 0 and t.standing.seen == t.number - 1)
+        if brought:
+            return max(brought, key=lambda number: (brought[number], number))
+    return max(ticket.number for ticket in tickets.values())
 
 
 def _groups(

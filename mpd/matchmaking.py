@@ -10,8 +10,9 @@ This is the leader election of hivemind (Ryabinin et al., NeurIPS 2021) without 
 who was announced is in it, and a dead end is left at the first refusal. An invitation goes out from whoever has nobody
 smaller to ask; all others just ask, so a group of n costs some 4 n messages: Here, Join, Joined, Begin.
 
-A slot comes round again every d rounds, so two halves of a line that count their rounds apart still meet in it: whoever
-is behind takes over the larger number with Begin. What it brings from an unfinished cycle weighs nothing then.
+A slot comes round again every d rounds, so two halves of a line that count their rounds apart still meet in it: with
+Begin all of them take over one number, where a cycle begins the largest. In its midst that may be a smaller one
+(mpd/grouping.py), because what somebody brings from another cycle weighs nothing.
 
 What to do next is one pure function, `decide`, and what may follow upon what is one table, `MOVES` (both mpd/roll.py).
 The machine here brings the events to them and turns what they say into messages.
@@ -326,7 +327,9 @@ class Matchmaker:
                 self._lose(now, sender, "began without us")
             return
         is_ours = (begin.digest, begin.epoch) == (self._ticket.digest, self._ticket.epoch)
-        if not is_ours or begin.number < self._number or not self.may_meet(begin.number):
+        may_go_back = begin.number % self._n_phases != 0  # to a cycle in whose midst the others are
+        is_behind = begin.number < self._number and not may_go_back
+        if not is_ours or is_behind or not self.may_meet(begin.number):
             raise PeerError("a Begin has another number, other terms or another shape than the Join it answers")
         self._finish(Move.BEGIN, Begun(begin, leader=False), members)
         self.reason = f"{name(self.leader)} began with {len(members)} members"

@@ -84,6 +84,38 @@ def test_the_largest_number_counts_and_another_phase_does_not() -> None:
     assert begin.left_out == {peer(2): "stands at round 7, in another phase"}
 
 
+@pytest.mark.parametrize(
+    ("numbers", "exact", "common"),
+    [
+        ([3, 3, 5], True, 3),  # who is ahead, or says so, takes nothing from the others
+        ([3, 5, 5], True, 5),
+        ([3, 5], True, 5),
+        ([3, 3, 5], False, 5),  # where weights do not move with the rounds, nothing is lost
+    ],
+)
+def test_in_the_midst_of_a_cycle_the_number_of_most_who_bring_something_counts(
+    numbers: list[int], exact: bool, common: int
+) -> None:
+    joined = tickets(
+        *(
+            ticket(i, number=n, standing=Standing(6.0, 2.0, bytes([i + 1]) * 16, n - 1, True, (0, i)))
+            for i, n in enumerate(numbers)
+        ),
+        ticket(len(numbers), number=7, standing=enter(1.0, (0, 0))),  # it has begun no cycle, and decides nothing
+    )
+    begin = compose(joined, shape=(3, 4), exact=exact)
+    assert begin.number == (common if exact else 7)
+    brings = {m.peer for m in begin.members if m.weight > 0}
+    assert brings == ({who(i) for i, n in enumerate(numbers) if n == common} if exact else set(joined))
+
+
+def test_if_nobody_brings_anything_into_the_midst_of_a_cycle_there_is_no_round() -> None:
+    with pytest.raises(RoundFailed, match="nobody in the group brings any weight"):
+        compose(
+            tickets(*(ticket(i, number=n, standing=enter(1.0, (0, i))) for i, n in enumerate([3, 5]))), shape=(3, 4)
+        )
+
+
 def test_a_line_in_which_too_few_can_reduce_is_not_cut() -> None:
     def behind_a_wall(n: int) -> Tickets:
         joined = line(n, number=0)

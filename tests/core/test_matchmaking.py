@@ -1,5 +1,6 @@
 """One machine, event by event: which event moves which state, and what a peer hears in return."""
 
+import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -403,6 +404,17 @@ def test_whoever_is_behind_in_its_rounds_goes_on_with_the_group() -> None:
     follower.on_message(0.7, LEADER, Joined(SLOT, STAMPS[ME]))
     follower.on_message(0.8, LEADER, begin(LEADER, ME, number=NUMBER + 2))
     assert follower.state is BEGUN
+
+
+@pytest.mark.parametrize(("number", "follows"), [(NUMBER + 1, True), (NUMBER, False)])
+def test_whoever_is_ahead_goes_back_to_the_group_only_in_the_midst_of_a_cycle(number: int, follows: bool) -> None:
+    ahead = Matchmaker(ME, SLOT, RUN, number + 2, compose, LIMITS, n_phases=2)
+    ahead.on_ready(0.5, join(ME, number=number + 2))
+    ahead.on_message(0.6, LEADER, replace(here(LEADER), number=number))
+    ahead.on_message(0.7, LEADER, Joined(SLOT, STAMPS[ME]))
+    with contextlib.nullcontext() if follows else pytest.raises(PeerError, match="another number"):
+        ahead.on_message(0.8, LEADER, begin(LEADER, ME, number=number))
+    assert (ahead.state is BEGUN) == follows
 
 
 def test_nobody_is_taken_along_into_another_phase() -> None:
