@@ -102,7 +102,7 @@ bench: .venv/installed
 	@$(BIN)/python tests/bench/run.py --history docs/benchmarks/history.jsonl
 
 validate: .venv/installed
-	@echo 'Comparing predicted and measured seconds; about twenty minutes.'
+	@echo 'Comparing predicted and measured seconds; about forty minutes.'
 	@$(BIN)/python tests/bench/validate.py
 
 fuzz: .venv/installed
