@@ -14,6 +14,7 @@ import argparse
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ VECTORS = {
     "floor plain copies": 3.35, "mpd adopt": 2.15, "mpd copies": 3.15, "plain adopt": 2.15, "plain copies": 3.15,
     "hivemind float32": 2.4, "hivemind float16": 2.4,
 }  # fmt: skip
+# What is left out first of a case that does not fit into memory; Gloo and sealed `adopt` are what goals speak of.
+SPARE = (
+    "hivemind float16", "hivemind float32", "floor plain copies", "floor sealed copies", "plain copies", "mpd copies",
+    "floor plain adopt", "plain adopt", "floor sealed adopt",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -121,9 +127,16 @@ def compare(n: int, args: argparse.Namespace, unpaced_place: tuple[Place, str]) 
                 for system, peers in systems.items()
                 for variant in variants[system]
             ]
-            if reason := too_big(n, mib, {column.name for column in columns}):
+            left_out = []
+            while (reason := too_big(n, mib, columns)) and (spare := [c for c in SPARE if c in map(name_of, columns)]):
+                left_out.append(spare[0])
+                columns = [column for column in columns if column.name != spare[0]]
+            if reason:
                 report.console.print(f"skipped {n} peers x {mib} MiB: {reason}", style="yellow")
                 continue
+            if left_out:
+                told = ", ".join(left_out)
+                report.console.print(f"{n} peers x {mib} MiB: no memory for {told} beside the rest", style="yellow")
             measure(columns, f"{n}x{mib}", mib * facts.MIB // 4, args.rounds)
             summaries = {column.name: {**column.summary(), "each": column.rounds} for column in columns}
             cases.append({"peers": n, "mib": mib, "gloo_congestion": congestion, "columns": summaries})
@@ -132,10 +145,15 @@ def compare(n: int, args: argparse.Namespace, unpaced_place: tuple[Place, str]) 
     return cases
 
 
-def too_big(n: int, mib: int, columns: set[str]) -> str:
+def name_of(column: Column) -> str:
+    return column.name
+
+
+def too_big(n: int, mib: int, columns: Sequence[Column]) -> str:
     """Return why this case does not fit into memory, or nothing."""
-    processes = sum(PROCESSES_MIB[system] for system in {column.split()[0] for column in columns})
-    needed = n * (processes + mib * sum(VECTORS[column] for column in columns))
+    names = list(map(name_of, columns))
+    processes = sum(PROCESSES_MIB[system] for system in {name.split()[0] for name in names})
+    needed = n * (processes + mib * sum(VECTORS[name] for name in names))
     limit = min(MEMORY_LIMIT_MIB, facts.memory_free_mib() * 0.9)
     return f"it needs about {needed:.0f} MiB and {limit:.0f} MiB may be used" if needed > limit else ""
 
