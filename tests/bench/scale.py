@@ -16,7 +16,7 @@ from swarm import Peers, children, start_daemons, trainers
 SCALE_DAEMONS = 64
 GROUP_SIZE = 8
 N_ELEMS = 1 << 18  # 1 MiB of float32
-WARM_UP_ROUNDS = 8
+WARM_UP_ROUNDS = 24  # nearly everybody has met everybody: the first time costs a handshake
 IDLE_S = 10.0
 
 
