@@ -122,7 +122,11 @@ GOALS = (
         _share("4 peers, 100 Mbit/s, 100 ms", "8 peers, 100 Mbit/s, 100 ms"),
         True,
     ),
-    Goal("one of 8 peers at a tenth: time / optimum", 1.15, _over_optimum("8 peers, 100 Mbit/s, one of 10")),
+    Goal(
+        "one of 8 peers at a tenth: until it has its result / optimum",
+        1.15,
+        _over_optimum("8 peers, 100 Mbit/s, one of 10"),
+    ),
     Goal("warm group, 4 peers, p95", 20, _formed(4, 4, "p95_s"), unit=" ms"),
     Goal("warm group, 32 daemons in groups of 8, p95", 150, _formed(32, 8, "p95_s"), unit=" ms"),
     Goal("1 KiB step, 4 peers, median", 20, _formed(4, 4, "median_s"), unit=" ms"),
