@@ -92,6 +92,15 @@ class Net:
         host.run("tc", "qdisc", "replace", "dev", "eth0", *bucket(mbit))
         self.run("tc", "qdisc", "replace", "dev", host.port_name, *bucket(mbit))
 
+    def resize_packets(self, host: Host, mtu: int, *, singly: bool = True) -> None:
+        """Let packets to and from `host` have up to `mtu` bytes.
+
+        `singly`: inside the kernel, too. Else it passes up to 64 KiB as one packet, and a full queue drops it as one.
+        """
+        settings = ("mtu", str(mtu), *(("gso_max_segs", "1") if singly else ()))
+        self.run("ip", "link", "set", host.port_name, *settings)
+        host.run("ip", "link", "set", "eth0", *settings)
+
     def run(self, *command: str) -> str:
         """Run a command in the namespace of the switch and return what it prints."""
         return _run(*self.enter, *command)

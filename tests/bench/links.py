@@ -128,11 +128,7 @@ def _places(case: Case, stack: contextlib.ExitStack) -> list[Place]:
     if case.rtt_s or case.loss:
         stack.enter_context(Far(net, case.rtt_s, case.mbits, case.loss))
         return [Place(host.enter, f"{SUBNET}.{number}") for number, host in enumerate(net.hosts, 1)]
-    # One packet at a time, as on a wire: else the full queue of a receiver drops seven in a row.
-    segments = ("gso_max_segs", "1") if case.mbit <= ONE_BY_ONE_MBIT else ()
     for host, mbit in zip(net.hosts, case.mbits, strict=True):
-        settings = ("mtu", str(MTU), *segments)
-        net.run("ip", "link", "set", host.port_name, *settings)
-        host.run("ip", "link", "set", "eth0", *settings)
+        net.resize_packets(host, MTU, singly=case.mbit <= ONE_BY_ONE_MBIT)
         net.limit(host, mbit)
     return [Place(host.enter, host.address) for host in net.hosts]

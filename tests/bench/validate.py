@@ -45,6 +45,7 @@ from mpd.schedule import chunk_bytes_for
 from mpd.timeline import Timeline
 
 sys.path.append(str(HERE.parent))
+from far import MTU
 from netns import Host, Net, NetnsUnavailable
 
 MIB = 1 << 20
@@ -319,6 +320,7 @@ def lines(mbit: Sequence[float]) -> Iterator[Sequence[Host]]:
         return
     with Net(len(mbit)) as net:
         for host, rate in zip(net.hosts, mbit, strict=True):
+            net.resize_packets(host, MTU)
             net.limit(host, rate)
         yield net.hosts
 
