@@ -111,13 +111,13 @@ def tempered_fractions(bandwidths: Sequence[float], inbound: Sequence[bool]) -> 
 
 
 def chunk_bytes_for(vector_bytes: int, n_members: int, bandwidth: float) -> int:
-    """Return the chunk size for a vector: about eight chunks per mean shard, in steps of 64 KiB, 64 KiB to 2 MiB.
+    """Return the chunk size for a vector: about four chunks per mean shard, in steps of 64 KiB, 64 KiB to 2 MiB.
 
     A receiver can tell progress from silence only once a whole record has arrived and been opened, so a chunk takes no
     more than about 20 ms of `bandwidth`, that of the slowest member in bytes per second. 0 means that nobody has
     measured anything yet: then 256 KiB are the most.
     """
-    wanted = round(vector_bytes / n_members / 8 / MIN_CHUNK_BYTES) * MIN_CHUNK_BYTES
+    wanted = round(vector_bytes / n_members / 4 / MIN_CHUNK_BYTES) * MIN_CHUNK_BYTES
     limit = min(bandwidth * CHUNK_S, MAX_CHUNK_BYTES) if bandwidth > 0 else FIRST_CHUNK_BYTES
     return max(min(wanted, int(limit) // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES), MIN_CHUNK_BYTES)
 

@@ -27,13 +27,13 @@ from mpd.errors import DaemonUnavailable
 
 ROLES = ("leader", "member", "reducer", "outbound-only")
 ACTIONS = ("kill", "freeze", "reset", "hole", "error")
-HALF_WAY = {"send": 12, "receive": 16, "reduce": 4, "return": 16}  # when half of a shard's work is done
+HALF_WAY = {"send": 9, "receive": 12, "reduce": 3, "return": 12}  # when half of a shard's work is done
 UNLINKED = ("announce", "seek", "handshake")  # points that a trainer's first moments pass
 WHILE_MATCHING = (*UNLINKED, "propose", "begin")  # as long as there is no group, none of its rules holds
 
 N_PEERS = 5
 OUTBOUND = 4
-VECTOR_BYTES = 4 << 20  # eight chunks in each of four shards
+VECTOR_BYTES = 4 << 20  # six chunks in each of four shards
 DEADLINE_S = 5.0
 LATE_S = 1.0  # a survivor has its outcome this long after the deadline at the latest
 HOLE_S = 3.0

@@ -124,11 +124,11 @@ def test_members_that_differ_certainly_reduce_by_their_bandwidth():
     [
         (4, 2, 64 * KIB),
         (MIB, 8, 64 * KIB),
-        (2 * 4 * MIB, 2, 512 * KIB),
-        (2 * 5 * MIB, 2, 640 * KIB),
-        (16 * MIB, 2, MIB),
-        (64 * MIB, 8, MIB),
-        (64 * MIB, 4, 2 * MIB),
+        (2 * 2 * MIB, 2, 512 * KIB),
+        (2 * 5 * MIB, 2, 1280 * KIB),
+        (8 * MIB, 2, MIB),
+        (32 * MIB, 8, MIB),
+        (32 * MIB, 4, 2 * MIB),
         (2**40, 48, 2 * MIB),
     ],
 )
