@@ -37,7 +37,7 @@ from .links import Link
 from .peers import Peers
 from .rendezvous import Rendezvous
 from .roster import Roster, Seen
-from .shaping import MAX_LATE_S, MAX_SPREAD_S, RESYNC_S, Shaping
+from .shaping import MAX_LATE_S, RESYNC_S, Shaping
 from .strangers import Strangers
 
 _POLL_S = 0.15  # while a shape is awaited
@@ -636,7 +636,7 @@ class Lobby:
             return limits, None
         # The swarm has come apart: lines are of any size, and parts of it go round one after the other. If all lines
         # take the same time, whatever their size, and somewhat more where cycles begin, the parts catch each other.
-        quick_s = max(RESYNC_S, min(self.pace.spread_s, MAX_SPREAD_S)) * (1 if phase else d - 1)
+        quick_s = RESYNC_S * (1 if phase else d - 1)
         limits = replace(limits, quick_s=quick_s, window_s=limits.window_s + quick_s, alone_s=2 * quick_s)
         return limits, (0, MAX_COLLECTED)
 

@@ -11,8 +11,7 @@ What is in here (all pure: time comes in as an argument; seconds on any monotoni
 * `Gauge`: a bounded history of one quantity.
 * `Pace`: what one peer has learnt in one run. Feed it `note_round(now, rounds)` with a `SenderReport` per member after
   each round and `note_arrivals(lateness)` after each matchmaking; ask it for `progress_s(peers)`,
-  `accept_progress_s(proposed, peers)`, `patience(peers)`, `window_s(peers)`, `spread_s`, `upload(now, peer)` and
-  `download(now)`.
+  `accept_progress_s(proposed, peers)`, `patience(peers)`, `window_s(peers)`, `upload(now, peer)` and `download(now)`.
 * `is_left_behind(...)`: whether a member that delivers, but slowly, is waited for no longer within the round.
 
 Progress limits are the idea of phi accrual and of TCP's retransmission timer (RFC 6298), with quantiles in the place
@@ -163,7 +162,6 @@ class Pace:
         self.window = WINDOW.starting_at(window_s)
         self._peers: OrderedDict[PeerId, _PeerPace] = OrderedDict()
         self._download = _Rate()
-        self._spreads = Gauge()
 
     # ------------------------------------------------------------------------------------------------- what goes in
 
@@ -183,8 +181,6 @@ class Pace:
         """How many seconds after us each peer became ready; 0 for those that were before us."""
         for peer, seconds in lateness.items():
             self._meet(peer).lateness.add(seconds)
-        if lateness:
-            self._spreads.add(max(lateness.values()))
 
     # ----------------------------------------------------------------------------------------------- what comes out
 
@@ -215,11 +211,6 @@ class Pace:
         if not gauges:
             return self.window.first_s
         return max((self.window.limit(gauge) for gauge in awaited), default=self.window.floor_s)
-
-    @property
-    def spread_s(self) -> float:
-        """How long after us the last member of a group usually became ready; 0 if that is not known."""
-        return self._spreads.quantile(0.75)
 
     def upload(self, now: float, peer: PeerId) -> float:
         """Return how fast `peer` sends to its whole group, in bytes per second; 0 if that is not known."""

@@ -160,12 +160,6 @@ def test_a_window_is_as_long_as_the_latest_who_comes_in_time() -> None:
     assert window_after({0: 0.0, 1: 0.01}).window_s(peers) == WINDOW.first_s  # a newcomer
 
 
-def test_a_group_is_usually_complete_when_its_last_member_is_ready() -> None:
-    assert Pace().spread_s == window_after({}).spread_s == 0.0
-    assert window_after({0: 0.0, 1: 0.7, 2: 0.2}).spread_s == 0.7
-    assert window_after({0: 0.1}, {0: 0.1}, {0: 0.2}, {0: 5.0}).spread_s == 0.2  # one group in four was later
-
-
 @given(st.dictionaries(st.integers(0, 9), st.lists(ANYTHING, max_size=9)))
 def test_a_window_keeps_its_bounds(arrivals: dict[int, list[float]]) -> None:
     pace = Pace()

@@ -18,9 +18,8 @@ from mpd.config import RoundLimits
 from mpd.daemon.lobby import Lobby
 from mpd.daemon.rendezvous import MemoryBoard
 from mpd.daemon.runs import Switchboard
-from mpd.daemon.shaping import MAX_SPREAD_S, RESYNC_S
 from mpd.daemon.state_desk import StateDesk
-from mpd.deadlines import HISTORY, MIN_SAMPLES, PROGRESS, WINDOW
+from mpd.deadlines import MIN_SAMPLES, PROGRESS, WINDOW
 from mpd.elastic import CycleCount
 from mpd.errors import PeerError
 from mpd.grid import Cell, axis_of, line_of, on_grid, slot, table
@@ -28,7 +27,7 @@ from mpd.ids import PeerId, show_peer
 from mpd.layout import Terms
 from mpd.mass import Shares, Standing, after, certificate, enter
 from mpd.matchmaking import Alone, Begun
-from mpd.messages import MAX_COLLECTED, MAX_ROUND_S, Begin, Declined, Goodbye, Here, Join, Quit, RunTerms
+from mpd.messages import MAX_ROUND_S, Begin, Declined, Goodbye, Here, Join, Quit, RunTerms
 from mpd.records import RECORDS, Place
 
 pytestmark = pytest.mark.usefixtures("repeatable")
@@ -858,20 +857,6 @@ async def test_in_later_rounds_of_a_cycle_lines_wait_for_those_that_earlier_ones
     assert second.quick_s == 2 * first.quick_s
     assert second.settle_s == 2 * first.settle_s
     assert second.window_s == first.window_s + first.settle_s
-
-
-@pytest.mark.parametrize(("late_s", "waits_s"), [(0.0, RESYNC_S), (0.7, 0.7), (9.0, MAX_SPREAD_S)])
-async def test_lines_of_a_swarm_that_has_come_apart_wait_as_long_as_groups_usually_take_to_be_complete(
-    late_s: float, waits_s: float, nursery: trio.Nursery, autojump_clock: MockClock
-) -> None:
-    (member, *_) = await settled(Swarm(nursery), 9, terms(4, "exact"))
-    lobby, post = member.lobby, member.lobby._post
-    assert post is not None
-    lobby.shaping.is_settled = False
-    for _ in range(HISTORY):
-        lobby.pace.note_arrivals({PeerId(b"e" * 20): 0.0, PeerId(b"l" * 20): late_s})
-    limits, line = lobby._patience(replace(post, number=1))
-    assert (limits.quick_s, line) == (waits_s, (0, MAX_COLLECTED))
 
 
 async def test_a_cycle_goes_on_after_a_round_without_a_group_and_the_next_one_begins_at_its_first_phase(
