@@ -52,6 +52,7 @@ class Live:
     began_s: float
     ended_s: float = 0.0
     result: bytes = b""
+    is_served: bool = True  # to whoever still asks for it, so it must not change
 
     time_s: float = 0.0  # that it had
 
@@ -126,6 +127,8 @@ class Oracle:
             def watched_cancel(reason: str) -> None:
                 if not live.session.gone.is_set():
                     book.has_leaver = True  # whoever needs the memory for its next round serves nobody any more
+                    self._check_result(live)
+                    live.is_served = False  # the next round may write over its result, before we look again
                 RoundSession.cancel(live.session, reason)
 
             book.lives.setdefault(me, [])
@@ -154,9 +157,12 @@ class Oracle:
                     late_s = daemon.machine.clock() - max(live.deadline, daemon.thawed_at)
                     self.check(late_s < SLACK_S, f"I4: {daemon.index} is {late_s:.1f} s over the deadline of its round")
             if live.ended_s and live.session.gone.is_set():
-                if live.result:
-                    self.check(live.result == live.session.vault.slots, "I3: a published result was written again")
+                self._check_result(live)
                 rounds.remove(live)
+
+    def _check_result(self, live: Live) -> None:
+        if live.result and live.is_served:
+            self.check(live.result == live.session.vault.slots, "I3: a published result was written again")
 
     def has_died(self, daemon: Daemon) -> None:
         """Count what the survivors of its rounds lack of what it was to write."""
