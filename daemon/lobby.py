@@ -10,7 +10,7 @@ with those whom it meets.
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,18 +19,19 @@ import trio
 from mpd.config import RoundLimits
 from mpd.deadlines import Pace
 from mpd.errors import PeerError
-from mpd.grid import MAX_ROSTER, Cell, Line, ShapeRecord, axis_of, line_of, next_cell, slot, table
+from mpd.grid import MAX_ROSTER, Cell, Line, ShapeRecord, axis_of, fit, line_of, next_cell, slot, table
 from mpd.grouping import check_weights, compose_begins
 from mpd.ids import Endpoint, PeerId, RoundId, peer_id, show_peer
 from mpd.layout import Terms
 from mpd.mass import Standing
-from mpd.matchmaking import Alone, Begun, Matchmaker, Sighting
+from mpd.matchmaking import Alone, Begun, Matchmaker, Sighting, State
 from mpd.messages import MAX_COLLECTED, MAX_ROUND_S, Begin, Declined, Here, Join, Joined, Quit, RunTerms
 from mpd.roll import MatchLimits
 from mpd.schedule import MAX_STACKED_VECTORS, MIN_CHUNK_BYTES
 
 from . import faults
 from .budgets import ByteGate
+from .company import Company
 from .contacts import Contacts
 from .containment import supervise
 from .links import Link
@@ -50,6 +51,9 @@ _MAX_TIMER_S = 0.25
 _MAX_LEFT_S = MAX_ROUND_S - 1  # of a ticket: added to a clock and taken away again, an hour may become a little more
 _OVERTIME_S = 0.5  # that a step may take to find out where its line is
 _MIN_AHEAD = 2  # one alone may only have counted its failures
+_NOT_HERE = "is known to this line, and has not come to this round"
+_QUIET_S = 0.5  # rounds that follow upon each other sooner need no word of who is there beforehand
+_MAX_SMALLER = 3  # peers that would write the shape before us, whom we call to see whether they are there
 _FAREWELL_S = 0.3  # how long taking announcements back may take
 
 
@@ -75,8 +79,11 @@ class _Post:
     slot: bytes
     number: int
     matchmaker: Matchmaker
+    greets_at: float  # when those who are known to come here hear that we are here
     company: set[PeerId] = field(default_factory=set)
-    sought_at: float = float("-inf")
+    greeted: set[PeerId] = field(default_factory=set)
+    pending: set[PeerId] = field(default_factory=set)  # who may come, and has not said that it is here
+    quitters: set[PeerId] = field(default_factory=set)  # who has said that it is not
     is_ready: bool = False
 
 
@@ -101,11 +108,12 @@ class Lobby:
         self._post: _Post | None = None
         self._begun: _Post | None = None  # the slot of the group that began last
         self._phases_at = float("-inf")  # when we last looked where most of our lines is
-        self._early: dict[PeerId, Here] = {}  # what peers said in a shape to which we have not gone over yet
+        self._company = Company(self._contacts.is_linked)
         self._lost: set[PeerId] = set()  # company of our line that has gone without a goodbye
         self._was_deserted = False  # the last step found that nobody else has announced the run
         self._was_alone = False  # the last step came to no group
         self._nudged = trio.Event()
+        self._leaving = trio.CancelScope()  # for another shape; ends when a group begins in this one
         self._looking = trio.CancelScope()  # for others in our slot; ends when we stand in another one
         self._changed = trio.Event()
         self._wanted = 0
@@ -230,21 +238,29 @@ class Lobby:
         record, post = self.record, self._post
         if record is None or post is None:
             return
-        axis = axis_of(self.number, record.shape)
-        for peer in filter(self._contacts.is_linked, self._roster.others):
-            cell = self._roster.cell_of(record, peer) if len(record.shape) > 1 else self.cell
-            if cell is not None and line_of(cell, axis) == line_of(self.cell, axis):
+        axis, own = axis_of(self.number, record.shape), self.cell
+        for peer, seen in self._roster.others.items():
+            cell = self._roster.cell_of(record, peer) if len(record.shape) > 1 else own
+            shared = [i for i in range(len(record.shape)) if cell is not None and line_of(cell, i) == line_of(own, i)]
+            for phase in shared:
+                self._company.expect(peer, slot(self.run, record, phase, line_of(own, phase)))
+            if self._contacts.is_linked(peer) and axis in shared:
                 self._meet(post, peer)
-            else:
+            elif self._contacts.is_linked(peer):
                 self._contacts.say(peer, Here(self.run, post.slot, post.number, False, 0, record.epoch))
-        early, self._early = self._early, {}
-        for peer, here in early.items():
-            if here.slot == post.slot:
-                self._hear(post, peer, here)
+            elif axis in shared:
+                self._contacts.note(seen)
+                self._greet(post, peer)
+            elif shared:
+                self._contacts.note(seen)
+                self._contacts.call(peer)
+        if record.roster:
+            self._company.foresee()
+        self._update_line(post)
+        self._pump(post)
 
     async def _settle_shape(self) -> None:
-        # Each of us begins at its own place in the order, so no ids, however chosen, are called first by everybody.
-        for seen in sorted(self._roster.others.values(), key=lambda seen: (seen.peer < self.own, seen.peer)):
+        for seen in self._to_call():
             self._contacts.note(seen)
             self._contacts.call(seen.peer)
         record = await self._roster.find_shape()
@@ -253,41 +269,67 @@ class Lobby:
             self.shaping.go_by(record)
             self._stand(line_size=record.n_peers if len(record.shape) == 1 else None)
 
+    def _to_call(self) -> list[Seen]:
+        """Return whom to call while there is no shape, since records outlive those who made them.
+
+        If all will be one group, everybody calls everybody. In a larger run that would be a link for each pair of
+        peers: only who is to write the shape calls all, and the others call those who would have to write it first.
+        """
+        others = sorted(self._roster.others.values(), key=lambda seen: seen.peer)
+        if len(fit(len(others) + 1, self.terms.group_size)) > 1 and others[0].peer < self.own:
+            return [seen for seen in others[:_MAX_SMALLER] if seen.peer < self.own]
+        # Each of us begins at its own place in the order, so no ids, however chosen, are called first by everybody.
+        return sorted(others, key=lambda seen: (seen.peer < self.own, seen.peer))
+
     async def _watch_slot(self) -> None:
         """Announce this peer where it stands, and look who else is there."""
         while True:
             post = self._post
             if post is not None:
-                await self._roster.stand(post.slot, self._endpoint, post.number, self.cell)
+                await self._roster.stand(post.slot, self._endpoint, post.number, self.cell, self._company.slots)
             else:
                 await self._roster.stand_nowhere()
             if post is self._post:
                 with trio.CancelScope() as self._looking:
                     if post is not None:
                         await self._look(post)
+                    if post is not None and trio.current_time() >= post.greets_at:
+                        self._greet_mates(post)
                     if post is self._post:
-                        await self._pause(_MATCH_POLL_S if post is not None and post.is_ready else _SLOW_POLL_S)
+                        await self._pause(self._poll_s(post))
+
+    def _poll_s(self, post: _Post | None) -> float:
+        """Return how long to wait before the next look at our slot."""
+        if post is None:
+            return _SLOW_POLL_S
+        greets_in_s = post.greets_at - trio.current_time()
+        return min(_MATCH_POLL_S if post.is_ready else _SLOW_POLL_S, greets_in_s if greets_in_s > 0 else math.inf)
 
     async def _look(self, post: _Post) -> None:
         """Look who stands in our slot, if it is time."""
         now = trio.current_time()
-        if now - post.sought_at >= (_MATCH_POLL_S if post.is_ready else _IDLE_POLL_S):
-            post.sought_at = now
+        # Where a round has begun, newcomers look for us.
+        is_urgent = post.is_ready and not (post.company and self._company.has_met(post.slot))
+        last = self._company.sought.get(post.slot, -math.inf)
+        if now - last >= (_MATCH_POLL_S if is_urgent else _IDLE_POLL_S):
+            self._company.sought[post.slot] = now
             found = await self._roster.look(post.slot)
             self._take_in(post, found)
             await self._join_phase(post)
 
     def _take_in(self, post: _Post, found: list[Seen]) -> None:
-        """Make use of what the rendezvous shows. On a grid of several axes old records are of earlier rounds."""
+        """Make use of what the rendezvous shows. On a grid of several axes that is who was there in some round."""
         now = self._post
         if now is None or (now.slot, now.number) != (post.slot, post.number):
             return
         post = now  # a round may have begun meanwhile, and the next one is in the same slot
         mates = [seen for seen in found if seen.place.digest == self.terms.digest]
         for seen in mates:
-            if len(self.shape) == 1 or seen.place.number >= post.number:  # who is ahead in our slot takes us along
-                self._contacts.note(seen)
+            self._contacts.note(seen)
+            if len(self.shape) == 1:
                 self._meet(post, seen.peer)
+            else:
+                self._greet(post, seen.peer)
         self._pump(post)
 
     async def _join_phase(self, post: _Post) -> None:
@@ -300,7 +342,10 @@ class Lobby:
         if record is None or d == 1 or self.terms.rounds == "exact" or now - self._phases_at < _IDLE_POLL_S:
             return
         axis = axis_of(post.number, record.shape)
-        if 2 * (1 + len(post.company)) > self._expected(record, axis, line_of(self.cell, axis))[1]:
+        if (
+            2 * max(1 + len(post.company), self._known_size(post))
+            > self._expected(record, axis, line_of(self.cell, axis))[1]
+        ):
             return  # here is most of it
         self._phases_at = now
         lines = await self._roster.lines(record, self.cell)
@@ -387,7 +432,7 @@ class Lobby:
         finally:
             self._wanted -= 1
         self._was_alone = isinstance(verdict, Alone)
-        self._was_deserted = self._was_alone and not post.company
+        self._was_deserted = self._was_alone and not self._is_accompanied(post)
         if self._was_alone:
             self.shaping.is_deserted()
         return self._alone(verdict) if isinstance(verdict, Alone) else verdict
@@ -422,11 +467,13 @@ class Lobby:
         now = trio.current_time()
         post.is_ready = True
         try:
-            if self._was_deserted and not post.company:
+            if self._was_deserted and not self._is_accompanied(post):
                 machine.cancel(now, "nobody else has announced this run")
             else:
                 ticket = self._ticket(post, standing(self.cell), max(0.001, deadline - now))
                 machine.on_ready(now, ticket, *self._patience(post))
+                if machine.state is State.SEEKING:
+                    self._greet_mates(post)
             self._pump(post)
             while machine.verdict is None:
                 self.reason = machine.reason
@@ -435,11 +482,14 @@ class Lobby:
                 with trio.move_on_at(min(machine.wakeup if machine.wakeup is not None else latest, latest)):
                     await self._changed.wait()
                 machine.on_tick(trio.current_time())
+                if self._is_left_behind(post):
+                    machine.cancel(trio.current_time(), "the round of its line began without it")
                 self._pump(post)
                 waited_s = math.inf if begins_cycle else trio.current_time() - now
                 if may_leave and self.shaping.may_leave(waited_s) and machine.verdict is None:
-                    may_leave = False  # one try; meanwhile a group may begin after all
-                    place = await self.shaping.next_place(deadline)
+                    may_leave, place = False, None  # one try; meanwhile a group may begin after all
+                    with trio.CancelScope() as self._leaving:
+                        place = await self.shaping.next_place(deadline)
                     if place is not None and machine.verdict is None:
                         self._go_over(*place)
                         return None, post
@@ -451,9 +501,18 @@ class Lobby:
         self._pump(post)  # if that went wrong when the group began, we still have to move on
         self.reason = machine.reason
         self.pace.note_arrivals(machine.lateness(trio.current_time()))
-        if isinstance(machine.verdict, Alone):
+        if isinstance(machine.verdict, Alone) and self._is_left_behind(post):
+            self._go_to(self.number + 1, self.cell)
+        elif isinstance(machine.verdict, Alone):
             await self._stay(deadline)
         return machine.verdict, post
+
+    def _is_left_behind(self, post: _Post) -> bool:
+        """Return whether most of our line has said that it is not here, and nobody that it is: they have gone on."""
+        if len(self.shape) == 1 or self.record is None or self._is_accompanied(post):
+            return False
+        axis = axis_of(post.number, self.record.shape)
+        return 2 * len(post.quitters) > self._expected(self.record, axis, line_of(self.cell, axis))[1]
 
     def _take_back(self, post: _Post) -> None:
         """The trainer does not want this any more."""
@@ -521,6 +580,7 @@ class Lobby:
         """Announce ahead: where we shall stand is known as soon as the round begins."""
         assert self.record is not None
         self.shaping.hear(begin.newest)
+        self._leaving.cancel()
         self._begun, self.last_cell = post, self.cell
         place = [member.peer for member in begin.members].index(self.own)
         if len(self.record.shape) == 1:
@@ -533,8 +593,14 @@ class Lobby:
             self._stand(silent=frozenset(begin.left_out), together=frozenset(member.peer for member in begin.members))
         else:
             self._note_size(self.record, begin)
-            cell = next_cell(self.cell, begin.number, place, self.record.n_peers, self.record.shape)
-            self._go_to(begin.number + 1, cell)
+            others = {peer_id(member.peer): seat for seat, member in enumerate(begin.members) if seat != place}
+            self._company.began(post.slot, begin.number, others)
+            n_peers, shape = self.record.n_peers, self.record.shape
+            cell = next_cell(self.cell, begin.number, place, n_peers, shape)
+            mates = [
+                p for p, seat in others.items() if next_cell(self.cell, begin.number, seat, n_peers, shape) == cell
+            ]
+            self._go_to(begin.number + 1, cell, mates)
 
     async def _stay(self, deadline: float) -> None:
         """There was no group. A cycle goes on all the same; and if our line is somewhere else, we join it there."""
@@ -549,20 +615,22 @@ class Lobby:
         if found is not None and (found > number or found < number - d):
             self._go_to(found, self.cell)
 
-    def _go_to(self, number: int, cell: Cell) -> None:
+    def _go_to(self, number: int, cell: Cell, mates: Sequence[PeerId] = ()) -> None:
+        """Stand at `cell` for round `number`; the `mates` will be in the same cell."""
         self.number, self.cell = number, cell
-        self._stand()
+        self._stand(mates=mates)
 
     def _stand(
         self,
         line_size: int | None = None,
         silent: frozenset[bytes] = frozenset(),
         together: frozenset[bytes] = frozenset(),
+        mates: Sequence[PeerId] = (),
     ) -> None:
         """Take a fresh stand in the slot of `number` and `cell`.
 
         Those who are `silent` were waited for in vain; that one wait is all that a frozen peer costs. Who goes there
-        `together` with us knows that by the same message, so nobody has to say so.
+        `together` with us knows that by the same message, so nobody has to say so. `mates` go to our cell.
         """
         if self._is_aside:
             return
@@ -574,18 +642,41 @@ class Lobby:
         line_low, d = line_size, len(record.shape)
         if line_size is None:
             line_low, line_size = self._expected(record, axis, line)
+        self._company.dwell([slot(self.run, record, phase, line_of(self.cell, phase)) for phase in range(d)])
+        for peer in mates:
+            self._company.expect(peer, key)
         window = self.pace.window
         limits = MatchLimits(window_s=window.first_s, alone_s=window.first_s, leader_s=window.cap_s + MAX_LATE_S)
+        greets_at = trio.current_time() + _QUIET_S if self._company.has_met(key) else -math.inf
         machine = Matchmaker(
-            self.own, key, self.run, self.number, self._compose, limits, line_size, line_low, record.epoch, d
+            self.own, key, self.run, self.number, self._compose, limits, line_size, line_low, record.epoch, d, greets_at
         )
-        post = self._post = _Post(key, self.number, machine)
+        post = self._post = _Post(key, self.number, machine, greets_at)
         if old is not None and (old.slot, old.number) == (key, self.number):
-            post.sought_at = old.sought_at
             for peer in sorted(old.company):
                 self._meet(post, peer, peer in silent, peer in together)
         else:
             self._look_elsewhere()
+        for peer, here in self._company.take(key):
+            self._hear(post, peer, here)
+        post.pending.update(peer for peer in self._company.mates(key) if peer not in post.company)
+        self._update_line(post)
+        if not self._company.has_met(key):
+            self._greet_mates(post)
+        self._pump(post)
+
+    def _greet(self, post: _Post, peer: PeerId) -> None:
+        """Ask a peer that stood in this slot in an earlier round whether it does now; once, and nobody waits for it."""
+        if peer not in post.company and peer not in post.greeted:
+            post.greeted.add(peer)
+            post.pending.add(peer)
+            self._contacts.say(peer, post.matchmaker.greeting())
+
+    def _greet_mates(self, post: _Post) -> None:
+        """Greet all who stood here in the last round and have not said anything yet."""
+        for peer in sorted(post.pending):
+            self._greet(post, peer)
+        post.matchmaker.on_tick(trio.current_time())
         self._pump(post)
 
     def _expected(self, record: ShapeRecord, axis: int, line: Line) -> tuple[int, int]:
@@ -603,6 +694,28 @@ class Lobby:
         n_lines = math.prod(record.shape) // record.shape[axis]
         most = expected + 1 if self.number <= self._uneven_until else expected
         return min(expected, max(self.shaping.counted, n_peers) // n_lines), most
+
+    def _known_size(self, post: _Post) -> int:
+        """Return how many of our line were here in its last round, or are now; 0 if we have not been in one yet.
+
+        Those who have not answered count if they are linked: they are late, or their trainers do something else.
+        """
+        if len(self.shape) == 1 or not self._company.has_met(post.slot):
+            return 0
+        return 1 + len(post.company) + sum(map(self._contacts.is_linked, post.pending))
+
+    def _is_accompanied(self, post: _Post) -> bool:
+        """Return whether anybody is known to be in our line, or to come there."""
+        return bool(post.company) or any(map(self._contacts.is_linked, post.pending))
+
+    def _update_line(self, post: _Post) -> None:
+        """Somebody has answered, or has gone: tell the machine how many we are."""
+        if self.record is not None and (size := self._known_size(post)):
+            axis = axis_of(post.number, self.record.shape)
+            _, most = self._expected(self.record, axis, line_of(self.cell, axis))
+            is_apart = self.terms.rounds == "exact" and not self.shaping.is_settled
+            # Where fewer are known than the grid expects, one who has moved may be on its way.
+            post.matchmaker.on_line(trio.current_time(), size, MAX_COLLECTED if is_apart else max(size, most))
 
     def _note_size(self, record: ShapeRecord, begin: Begin) -> None:
         """Watch for lines that are larger than the grid expects.
@@ -637,16 +750,21 @@ class Lobby:
         # The swarm has come apart: lines are of any size, and parts of it go round one after the other. If all lines
         # take the same time, whatever their size, and somewhat more where cycles begin, the parts catch each other.
         quick_s = RESYNC_S * (1 if phase else d - 1)
-        limits = replace(limits, quick_s=quick_s, window_s=limits.window_s + quick_s, alone_s=2 * quick_s)
-        return limits, (0, MAX_COLLECTED)
+        # Whom they know to be on its way they wait for twice as long.
+        window_s = limits.window_s + quick_s
+        limits = replace(limits, quick_s=quick_s, settle_s=2 * RESYNC_S, window_s=window_s, alone_s=2 * quick_s)
+        return limits, (self._known_size(post), MAX_COLLECTED)
 
     def _compose(self, members: tuple[tuple[PeerId, Join], ...], left_out: dict[PeerId, str]) -> tuple[Begin, ...]:
         assert self.record is not None
+        assert self._post is not None
         now, others = trio.current_time(), [peer for peer, _ in members if peer != self.own]
+        left_out = {**dict.fromkeys(sorted(self._post.pending - {*others}), _NOT_HERE), **left_out}
         return compose_begins(
             members,
             left_out,
             shape=self.record.shape,
+            n_peers=self.record.n_peers,
             exact=self.terms.rounds == "exact",
             rng=self._services.rng,
             progress_s=self.pace.progress_s(others),
@@ -691,6 +809,10 @@ class Lobby:
         if isinstance(message, Here | Declined) or (has_terms and message.digest == self.terms.digest):
             self.shaping.hear(message.epoch, is_there=True)
         post = next((p for p in (self._post, self._begun) if p is not None and p.slot == message.slot), None)
+        if isinstance(message, Here) and self._is_early(message):
+            self._company.hear(link.peer, message)
+            self._nudge()
+            return
         if post is None:
             epoch = self.record.epoch if self.record is not None else 0
             if isinstance(message, Here | Join) and 0 < message.epoch < epoch:
@@ -701,23 +823,35 @@ class Lobby:
             self._nudge()  # it knows more of this run than we do
         else:
             self._hear(post, link.peer, message)
-        is_newer = self.record is not None and isinstance(message, Here) and message.epoch > self.record.epoch
-        if isinstance(message, Here) and is_newer and not self._is_aside:
-            self._early[link.peer] = message  # we shall come, and may then be late
-        elif isinstance(message, Here) and (post is None or post.matchmaker.verdict is not None):
+        if isinstance(message, Here) and (post is None or post.matchmaker.verdict is not None):
+            self._company.expect(link.peer, message.slot)
             link.send(Quit(message.slot))  # nobody should wait for us there
         if isinstance(message, Begin) and not self._is_part_of(message):
             self._services.refuse(RoundId(message.round_id))
+
+    def _is_early(self, here: Here) -> bool:
+        """Whether somebody stands where we shall come, in a later round or in a newer shape, so we may then be late."""
+        if self.record is None or self._is_aside:
+            return False
+        is_now = self._post is not None and self._post.slot == here.slot
+        return here.epoch > self.record.epoch or (not is_now and self._company.is_early(here))
 
     def _hear(self, post: _Post, peer: PeerId, message: Any) -> None:
         """`peer` said something about the slot of `post`."""
         if isinstance(message, Join):
             message = replace(message, time_left_s=min(message.time_left_s, _MAX_LEFT_S))
+        elif isinstance(message, Here) and peer in post.greeted:
+            message = replace(message, answer=False)  # our greeting is on its way
         if isinstance(message, Here | Join) and post.matchmaker.may_meet(message.number):
             self._meet(post, peer)
         elif isinstance(message, Quit):
             post.company.discard(peer)
+            post.pending.discard(peer)
+            post.greeted.discard(peer)
+            post.quitters.add(peer)
+            self._company.quit(peer, post.slot)
         post.matchmaker.on_message(trio.current_time(), peer, message)
+        self._update_line(post)
         self._pump(post)
 
     def stands_in(self, key: bytes) -> bool:
@@ -725,13 +859,12 @@ class Lobby:
         return any(post is not None and post.slot == key for post in (self._post, self._begun))
 
     def forget(self, peer: PeerId, key: bytes) -> None:
-        """`peer` no longer stands in `key`, where nobody of us does: perhaps of a shape to which we have yet to go."""
-        if peer in self._early and self._early[peer].slot == key:
-            del self._early[peer]
+        """`peer` no longer stands in `key`, nor do we now: a slot of another round, or of a shape that is to come."""
+        self._company.quit(peer, key)
 
     def on_gone(self, peer: PeerId, reason: str) -> None:
         """The peer said goodbye, or its link ended."""
-        self._early.pop(peer, None)
+        self._company.lose(peer)
         self._contacts.went(peer, reason)
 
     def _on_absent(self, peer: PeerId, reason: str) -> None:
@@ -740,6 +873,8 @@ class Lobby:
             if peer in self._post.company:
                 self._lost.add(peer)
             self._post.company.discard(peer)
+            self._post.pending.discard(peer)
+            self._update_line(self._post)
             self._post.matchmaker.on_gone(trio.current_time(), peer, reason)
             self._pump(self._post)
 
@@ -751,6 +886,9 @@ class Lobby:
         if was_lost and self._post is not None and len(self.shape) == 1:
             self._meet(self._post, peer)
             self._pump(self._post)
+        elif was_lost and self._post is not None:
+            self._post.greeted.discard(peer)
+            self._greet(self._post, peer)
 
     def _on_terms(self, link: Link, message: RunTerms) -> None:
         difference = self._strangers.on_terms(link, message)
@@ -765,6 +903,8 @@ class Lobby:
 
     def _meet(self, post: _Post, peer: PeerId, is_silent: bool = False, knows_us: bool = False) -> None:
         post.company.add(peer)
+        post.pending.discard(peer)
+        post.quitters.discard(peer)
         inbound = self._contacts.accepts_calls(peer)
         sighting = Sighting(peer, inbound, ready=False, stamp=0, silent=is_silent, knows_us=knows_us)
         post.matchmaker.on_sighted(trio.current_time(), sighting)

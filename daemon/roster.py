@@ -6,12 +6,12 @@ cell, so that the very first cycle is balanced. Whoever comes later takes the em
 in which its line is; its own counter would split the swarm for ever. When the shape changes (daemon/shaping.py), the
 same holds for the new one.
 
-A peer announces itself in one slot at a time, and the three smallest ids keep the shape record published.
+A peer announces itself in the slots of its cell, and the three smallest ids keep the shape record published.
 """
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 import trio
@@ -42,6 +42,7 @@ from mpd.records import RECORDS, Place
 from .rendezvous import Record, Rendezvous
 
 _SHAPE_KEEPERS = 3  # so many vanish at once only if the run as good as ends
+RESTATE_S = 5.0  # how old the number of an announcement may be
 _MAX_NUMBER = 1 << 60  # no run gets there; a record that says so must not lead anybody near the end of the numbers
 
 
@@ -57,6 +58,14 @@ class Seen:
     def endpoint(self) -> Endpoint | None:
         """Where the peer can be dialled; None: nowhere."""
         return Endpoint(self.place.host, self.place.port) if self.place.port else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stand:
+    """What was announced in a slot, and when; None: something may have been."""
+
+    place: Place | None
+    since: float
 
 
 class Roster:
@@ -77,7 +86,7 @@ class Roster:
         self._members: frozenset[PeerId] = frozenset()
         self._quiet_since = trio.current_time()
         self._kept: ShapeRecord | None = None
-        self._stands: dict[bytes, Place | None] = {}  # None: it may be announced
+        self._stands: dict[bytes, _Stand] = {}
         self._entry: Place | None = None  # how we stand in the roster
 
     async def announce(self, endpoint: Endpoint | None) -> None:
@@ -198,14 +207,26 @@ class Roster:
                     found.append(seen)
         return found
 
-    async def stand(self, key: bytes, endpoint: Endpoint | None, number: int, cell: Cell) -> None:
-        """Announce this peer in the slot `key`, and nowhere else. Costs nothing where it stands so already."""
+    async def stand(
+        self, key: bytes, endpoint: Endpoint | None, number: int, cell: Cell, kept: Collection[bytes] = ()
+    ) -> None:
+        """Announce this peer in the slot `key`, and in no other than those `kept`, where it comes in other rounds.
+
+        Costs nothing where it stands so already, but for the number, which is brought up to date now and then.
+        """
         place = self.place(endpoint, number, cell)
-        if self._stands.get(key) != place:
-            self._stands[key] = None  # first: a cancelled announcement may have been made
+        stand = self._stands.get(key)
+        is_old = stand is not None and trio.current_time() - stand.since >= RESTATE_S
+        if (
+            stand is None
+            or stand.place is None
+            or replace(stand.place, number=number) != place
+            or (is_old and stand.place != place)
+        ):
+            self._stands[key] = _Stand(None, 0.0)  # first: a cancelled announcement may have been made
             await self._publish(key, place)
-            self._stands[key] = place
-        for other in [other for other in self._stands if other != key]:
+            self._stands[key] = _Stand(place, trio.current_time())
+        for other in [other for other in self._stands if other != key and other not in kept]:
             await self._rendezvous.withdraw(other)
             del self._stands[other]
 

@@ -315,8 +315,10 @@ class Switchboard:
     def _to_run(self, link: Link, message: Any, lobby: Lobby | None) -> None:
         if lobby is not None:
             lobby.on_message(link, message)
-        elif isinstance(message, Here | Join):
-            link.send(Quit(message.slot))  # no trainer here takes part in that run
+        elif isinstance(message, Join):
+            link.send(Declined(message.slot, "busy", "no trainer here takes part in that run"))
+        elif isinstance(message, Here):
+            link.send(Quit(message.slot))
         elif isinstance(message, Begin):
             self.sessions.refuse(RoundId(message.round_id))
         elif isinstance(message, Quit):

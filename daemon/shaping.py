@@ -211,6 +211,10 @@ class Shaping:
         successor = self.successor
         if successor is None or not self._should_follow:
             return None  # those whom we tell in this cycle will come with us in the next
+        cell = self._roster.cell_of(successor, self._roster.own)
+        if cell is not None:
+            # Others begin there at the same time. If they are ahead, they will greet us when they come round again.
+            return successor, cell, 0
         with trio.move_on_at(min(now + 2 * _NEWS_S, now + (deadline - now) / 2)):
             cell, number = await self._roster.first_place(successor)
             return successor, cell, number

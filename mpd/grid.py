@@ -98,14 +98,6 @@ def on_grid(cell: Cell, shape: Shape) -> bool:
     return len(cell) == len(shape) and all(0 <= c < m for c, m in zip(cell, shape, strict=True))
 
 
-def seating(peers: Iterable[bytes], round_id: bytes) -> tuple[bytes, ...]:
-    """Return the members of a round by place: shuffled by the round id, so that all compute the same order.
-
-    Without a fresh shuffle the same peers would meet again and again whenever a cycle is not exact.
-    """
-    return tuple(sorted(peers, key=lambda peer: hashlib.sha256(round_id + peer).digest()))
-
-
 class Table:
     """How many members each line of a grid is expected to have, and the number at which it starts; per phase.
 
@@ -180,6 +172,38 @@ def next_cell(cell: Cell, number: int, place: int, record_n: int, shape: Shape) 
     axis = axis_of(number, shape)
     coordinate = (place + table(record_n, shape).offset(axis, line_of(cell, axis))) % shape[axis]
     return (*cell[:axis], coordinate, *cell[axis + 1 :])
+
+
+def seating(
+    cells: Mapping[bytes, Cell], number: int, record_n: int, shape: Shape, round_id: bytes
+) -> tuple[bytes, ...]:
+    """Return the members of a group of round `number` by place: who can stay in its cell stays.
+
+    `cells` are those of the members, on one line; which place leads where is `next_cell`'s business. Of the peers of
+    one cell the smallest ids stay, so that those who have to move are always the same few. So most lines meet again as
+    they were, with their links and without a lookup, and a swarm mixes as fast as if its members were shuffled (ADR
+    21). Which of the places that lead to one cell a member has is drawn by the round id: on a single line, all of them.
+    """
+    axis = axis_of(number, shape)
+    line = min(cells.values())
+    free: dict[int, list[int]] = {coordinate: [] for coordinate in range(shape[axis])}
+    for place in range(len(cells)):
+        free[next_cell(line, number, place, record_n, shape)[axis]].append(place)
+    seats: dict[int, list[bytes]] = {coordinate: [] for coordinate in free}
+    movers = []
+    for peer in sorted(cells):
+        there = cells[peer][axis]
+        if len(seats[there]) < len(free[there]):
+            seats[there].append(peer)
+        else:
+            movers.append(peer)
+    for coordinate, peers in seats.items():
+        n_free = len(free[coordinate]) - len(peers)
+        peers += movers[:n_free]
+        del movers[:n_free]
+        peers.sort(key=lambda peer: hashlib.sha256(round_id + peer).digest())
+    by_place = {place: peer for c in free for place, peer in zip(free[c], seats[c], strict=True)}
+    return tuple(by_place[place] for place in range(len(cells)))
 
 
 def rank_cell(rank: int, shape: Shape, n_peers: int) -> Cell:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpd.grid import Shape, axis_of, table
-from mpd.meetings import Ints, Random
+from mpd.meetings import Groups, Ints, Random
 
 Cells = npt.NDArray[np.int32]
 
@@ -42,6 +42,37 @@ def next_cells(cells: Cells, number: int, places: Ints, record_n: int, shape: Sh
     moved = cells.copy()
     moved[:, axis] = (places + table(record_n, shape).firsts(axis)[lines_of(cells, axis, shape)]) % shape[axis]
     return moved
+
+
+def seated(groups: Groups, cells: Cells, number: int, record_n: int, shape: Shape) -> Groups:
+    """Return the groups of round `number` with their members by place: who can stay in its cell stays.
+
+    `cells` (n, d) are those of all peers. `mpd.grid.seating` for many groups, with numbers of peers for ids; which of
+    the places that lead to one cell a member has is left open.
+    """
+    axis = axis_of(number, shape)
+    order = np.lexsort((groups.members, groups.group_of_member))
+    who, m = groups.members[order], shape[axis]
+    stands = groups.group_of_member * m + cells[who, axis]
+    leads = groups.group_of_member * m + next_cells(cells[who], number, groups.places, record_n, shape)[:, axis]
+    most = len(who) + 1
+    _, stayers, taken = np.intersect1d(
+        stands * most + _nth(stands), leads * most + _nth(leads), assume_unique=True, return_indices=True
+    )
+    by_place = np.empty_like(who)
+    by_place[taken] = who[stayers]
+    by_seat = np.argsort(leads, kind="stable")
+    by_place[by_seat[~np.isin(by_seat, taken)]] = np.delete(who, stayers)
+    return Groups(by_place, groups.starts)
+
+
+def _nth(keys: Ints) -> Ints:
+    """Return how many equal keys stand before each of the `keys` (m,): int64, (m,)."""
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] - 1))
+    nth = np.empty_like(keys)
+    nth[order] = np.arange(len(keys)) - np.repeat(starts, np.diff(starts, append=len(keys)))
+    return nth
 
 
 def rank_cells(n_peers: int, shape: Shape) -> Cells:

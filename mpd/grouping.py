@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from mpd.elastic import max_line
 from mpd.errors import PeerError, RoundFailed
-from mpd.grid import Shape, axis_of, line_of, on_grid, seating
+from mpd.grid import Cell, Shape, axis_of, line_of, on_grid, seating
 from mpd.ids import ROUND_ID_BYTES, PeerId, show_peer
 from mpd.layout import MAX_WEIGHT
 from mpd.manifest import MAX_NUMBER
@@ -29,6 +29,7 @@ def compose_begins(
     left_out: dict[PeerId, str],
     *,
     shape: Shape,
+    n_peers: int,
     exact: bool,
     rng: random.Random,
     progress_s: float,
@@ -43,7 +44,7 @@ def compose_begins(
         left_out: announced peers that are not members, and why. If there are any in the first round of a cycle, a
             second leader may be closing a second group with them, so the result cannot be certified; in later ones
             the claims that are there, or are not, tell (mpd/mass.py).
-        shape: cells per axis of the run's grid.
+        shape: cells per axis of the run's grid, and `n_peers` for how many it was made.
         exact: whether mass moves within a cycle (see mpd/mass.py).
         rng: source of the round id; `random.SystemRandom()` outside tests.
         progress_s: how long a member may deliver nothing while others wait for it.
@@ -64,10 +65,11 @@ def compose_begins(
     if len(fitting) < 2:
         raise RoundFailed("nobody who joined stands on our line of the grid")
     round_id = rng.randbytes(ROUND_ID_BYTES)
-    peers = tuple(map(PeerId, seating(fitting, round_id)))
     if not any(ticket.inbound for ticket in fitting.values()):
         raise RoundFailed("nobody in the group accepts connections, so nobody can reduce")
     number = _common_number(fitting, shape, exact)
+    cells: dict[bytes, Cell] = {peer: ticket.standing.cell for peer, ticket in fitting.items()}
+    peers = tuple(map(PeerId, seating(cells, number, n_peers, shape, round_id)))
     share = shares([fitting[peer].standing for peer in peers], number, shape, exact)
     if sum(share.weights) <= 0:
         raise RoundFailed("nobody in the group brings any weight into this round")
@@ -75,9 +77,9 @@ def compose_begins(
     begins = []
     groups = _groups(peers, fitting, share, group_size)
     for group in groups:
-        if len(groups) > 1:  # who sits where is drawn anew in each
+        if len(groups) > 1:  # each has a seat for every coordinate
             round_id = rng.randbytes(ROUND_ID_BYTES)
-            group = tuple(map(PeerId, seating(group, round_id)))
+            group = tuple(map(PeerId, seating({p: cells[p] for p in group}, number, n_peers, shape, round_id)))
         tickets = [fitting[peer] for peer in group]
         places = [peers.index(peer) for peer in group]
         bandwidths = [_bandwidth(fitting[peer], (uploads or {}).get(peer, 0.0)) for peer in group]

@@ -91,7 +91,8 @@ class Matchmaker:
     `compose` turns the members (we first) and the left out into a `Begin`, or into several that share the members, ours
     first; it may leave out more, and raises RoundFailed where a round makes no sense. `epoch` is that of our shape, and
     `n_phases` how many rounds a cycle has. `line_size` is how many peers the grid expects here, 0 if nobody knows, and
-    `line_low` how many at least.
+    `line_low` how many at least. Until `quiet_until` others are not told that we are here unless we are ready, too:
+    when rounds follow upon each other, nobody has to know.
     After each event take the actions, and call `on_tick` at `wakeup`. Times are seconds on any monotonic clock.
     """
 
@@ -107,6 +108,7 @@ class Matchmaker:
         line_low: int | None = None,
         epoch: int = 0,
         n_phases: int = 1,
+        quiet_until: float = -math.inf,
     ) -> None:
         self.state = State.EXPECTED
         self.leader: PeerId | None = None
@@ -116,6 +118,7 @@ class Matchmaker:
         self._me, self._slot, self._run, self._number = me, slot, run, number
         self._compose, self._limits, self._line_size, self._epoch = compose, limits, line_size, epoch
         self._line_low = line_size if line_low is None else line_low
+        self._quiet_until = quiet_until
         self._n_phases = n_phases
         self._register = Register()
         self._ticket: Join | None = None
@@ -188,11 +191,19 @@ class Matchmaker:
                 self._on_declined(now, peer, message)
             case Disbanded():
                 self._on_disbanded(now, peer, message)
+            case Quit() if peer == self.leader and self.state is State.JOINING:
+                pass  # it was said before our Join came, which has an answer of its own
             case Quit():
                 self._lose(now, peer, "withdrew: its group began without us, or its trainer takes no part now")
             case Begin():
                 self._on_begin(now, peer, message)
         self._settle(now)
+
+    def on_line(self, now: float, line_low: int, line_size: int) -> None:
+        """More is known of how many peers should be here."""
+        if (line_low, line_size) != (self._line_low, self._line_size):
+            self._line_low, self._line_size = line_low, line_size
+            self._settle(now)
 
     def on_tick(self, now: float) -> None:
         """Time passed."""
@@ -225,7 +236,7 @@ class Matchmaker:
             self._refuse(now, sender, "other_number", self._number_differs(here.number))
             return
         peer = self._register.meet(now, sender, in_person=True, revive=True)
-        peer.knows_us = True
+        peer.knows_us = not here.answer
         if here.ready:
             _invited_by(peer, here.stamp)
 
@@ -366,7 +377,7 @@ class Matchmaker:
         if self.verdict:
             self.wakeup = None
         else:
-            self._introduce()
+            self._introduce(now)
 
     def _carry_out(self, now: float, verdict: Verdict, roll: Roll) -> None:
         if verdict is Verdict.BEGIN:
@@ -423,8 +434,18 @@ class Matchmaker:
             if known.knows_us and peer not in group:
                 self._send(peer, Quit(self._slot) if known.ticket is None else Disbanded(self._slot))
 
-    def _introduce(self) -> None:
+    def greeting(self) -> Here:
+        """Return what to say to a peer that may be here: that we are, and that it should say so too."""
+        may_lead = self._ticket is not None and self.state in (State.SEEKING, State.LEADING)
+        stamp = self._ticket.stamp if self._ticket is not None and may_lead else 0
+        return Here(self._run, self._slot, self._number, may_lead, stamp, self._epoch, answer=True)
+
+    def _introduce(self, now: float) -> None:
         """Tell each live peer that we are here, and if we have nobody to ask, that it may ask us; once each."""
+        if self.state is State.EXPECTED and now < self._quiet_until:
+            return
+        if self._n_phases > 1 and self.state in (State.JOINING, State.FOLLOWING):
+            return  # whom we follow counts us
         may_lead = self.state in (State.SEEKING, State.LEADING)
         stamp = self._ticket.stamp if self._ticket else None
         for peer, known in self._register.peers.items():

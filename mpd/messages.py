@@ -210,7 +210,8 @@ class UnknownRound:
 class Here:
     """I stand in this slot: expected (`ready` false) or ready with the stamp that I published.
 
-    `epoch` is that of the shape record that I go by (0: not told).
+    `epoch` is that of the shape record that I go by (0: not told). `answer` asks whoever stands there too to say so:
+    I only know that it did the last time.
     """
 
     run: str
@@ -219,6 +220,7 @@ class Here:
     ready: bool
     stamp: int
     epoch: int = 0
+    answer: bool = False
 
     def __post_init__(self) -> None:
         _require(self.epoch >= 0, "an epoch is not negative")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpd.grid import Shape, axis_of
-from mpd.grid_arrays import Cells, emptiest_cells, lines_of, n_lines, rank_cells
+from mpd.grid_arrays import Cells, emptiest_cells, lines_of, n_lines, rank_cells, seated
 from mpd.mass_arrays import SharesOfGroups, after, certificates, newcomers, shares
 from mpd.meetings import Bools, Floats, Groups, Ints, Meeting, Random, groups_by_label
 from mpd.mixing import exchange
@@ -111,10 +111,10 @@ class Moshpit(Policy):
         return axis_of(self.number, self.shape)
 
     def meet(self, present: Bools, rng: Random) -> Groups:
-        """Return the lines of those present, seated at random."""
-        who = np.flatnonzero(present)
-        rng.shuffle(who)
-        return groups_by_label(who, lines_of(self.standings.cells[who], self.axis, self.shape))
+        """Return the lines of those present."""
+        who, cells = np.flatnonzero(present), self.standings.cells
+        groups = groups_by_label(who, lines_of(cells[who], self.axis, self.shape))
+        return seated(groups, cells, self.number, self.record_n, self.shape)
 
     def mix(self, values: Floats, meeting: Meeting, lost_at: Floats | None = None) -> Mixed:
         """Average by mass, move everybody who completed the round, and certify what can be certified."""

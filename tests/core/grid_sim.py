@@ -43,7 +43,7 @@ def line_sizes(cells: Iterable[Cell], axis: int) -> Counter[Line]:
 
 
 def moved(cells: Sequence[Cell], number: int, shape: Shape, record_n: int, rng: random.Random) -> list[Cell]:
-    """The cells of peers after round `number`, if all take part and sit down at random."""
+    """The cells of peers after round `number`, if all take part and sit down in any order."""
     axis = axis_of(number, shape)
     places: Counter[Line] = Counter()
     result = []
@@ -154,7 +154,9 @@ class Swarm:
 
     def average(self, line: Iterable[Peer], faults: Faults, *, is_known_split: bool = False, n_groups: int = 1) -> None:
         by_name = {peer.name: peer for peer in line}
-        seats = [by_name[name] for name in seating(by_name, self.rng.randbytes(16))]
+        cells = {name: peer.standing.cell for name, peer in by_name.items()}
+        order = seating(cells, self.number, self.record_n, self.shape, self.rng.randbytes(16))
+        seats = [by_name[name] for name in order]
         weighed = shares([peer.standing for peer in seats], self.number, self.shape, exact=True)
         weighed = replace(weighed, whole=weighed.whole and not is_known_split, parts=n_groups)
         for first in range(n_groups):

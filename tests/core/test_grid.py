@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -199,11 +200,43 @@ def test_on_grid():
 def test_seating_depends_on_the_round_and_not_on_who_computes_it():
     rng = random.Random(5)
     peers = [rng.randbytes(20) for _ in range(8)]
-    seats = {seating(rng.sample(peers, 8), b"a" * 16) for _ in range(10)}
 
+    def seat(names, round_id):
+        return seating(dict.fromkeys(names, (0,)), 3, 8, (1,), round_id)
+
+    seats = {seat(rng.sample(peers, 8), b"a" * 16) for _ in range(10)}
     assert len(seats) == 1
     assert sorted(seats.pop()) == sorted(peers)
-    assert len({seating(peers, rng.randbytes(16)) for _ in range(50)}) == 50
+    assert len({seat(peers, rng.randbytes(16)) for _ in range(50)}) == 50
+
+
+@given(st.data())
+def test_who_can_stay_stays_and_nobody_is_counted_twice(data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    n_peers = math.prod(shape) + data.draw(st.integers(0, 20))
+    number = data.draw(st.integers(0, 5))
+    axis = axis_of(number, shape)
+    here = tuple(data.draw(st.integers(0, m - 1)) for m in shape)
+    stands = data.draw(st.lists(st.integers(0, shape[axis] - 1), min_size=1, max_size=20))
+    cells = {bytes([i]) * 20: (*here[:axis], c, *here[axis + 1 :]) for i, c in enumerate(stands)}
+    seats = seating(cells, number, n_peers, shape, b"r" * 16)
+    assert sorted(seats) == sorted(cells)
+    after = {peer: next_cell(cells[peer], number, place, n_peers, shape) for place, peer in enumerate(seats)}
+    room = Counter(cell[axis] for cell in after.values())
+    for coordinate, there in Counter(stands).items():
+        peers = sorted(peer for peer, cell in cells.items() if cell[axis] == coordinate)
+        stayed = [peer for peer in peers if after[peer] == cells[peer]]
+        assert stayed == peers[: min(there, room[coordinate])]  # the smallest ids of a cell, as many as have room
+
+
+def test_a_grid_that_is_full_everywhere_alike_is_at_rest():
+    shape, peers = (4, 4), [bytes([i]) * 20 for i in range(32)]
+    cells = {peer: rank_cell(i, shape, 32) for i, peer in enumerate(peers)}
+    for number in range(4):
+        for line in {line_of(cell, axis_of(number, shape)) for cell in cells.values()}:
+            members = {p: cell for p, cell in cells.items() if line_of(cell, axis_of(number, shape)) == line}
+            seats = seating(members, number, 32, shape, bytes([number]) * 16)
+            assert all(next_cell(cells[p], number, i, 32, shape) == cells[p] for i, p in enumerate(seats))
 
 
 def test_ranks_fill_every_cell():

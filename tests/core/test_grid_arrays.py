@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpd.grid import emptiest, fit, line_of, next_cell, rank_cell, table
-from mpd.grid_arrays import emptiest_cells, lines_of, n_lines, next_cells, random_cells, rank_cells
+from mpd.grid import axis_of, emptiest, fit, line_of, next_cell, rank_cell, seating, table
+from mpd.grid_arrays import emptiest_cells, lines_of, n_lines, next_cells, random_cells, rank_cells, seated
+from mpd.meetings import groups_by_label
 
 GRIDS = [(6, (1,)), (9, (4,)), (11, (3, 3)), (40, (2, 3, 4)), (300, (4, 5, 5)), (5, (3, 4, 2)), (1000, (3, 3, 4, 4))]
 
@@ -37,6 +38,27 @@ def test_next_cells_are_those_of_the_daemon(n_peers, shape):
             next_cell(tuple(cell), number, int(place), n_peers, shape)
             for cell, place in zip(cells.tolist(), places, strict=True)
         ]
+        cells = moved
+
+
+@pytest.mark.parametrize(("n_peers", "shape"), GRIDS)
+def test_the_same_peers_stay_as_with_the_daemon(n_peers, shape):
+    rng = np.random.default_rng(n_peers)
+    cells = random_cells(rng, n_peers, shape)
+    for number in range(2 * len(shape)):
+        axis = axis_of(number, shape)
+        present = np.flatnonzero(rng.uniform(size=n_peers) < 0.9)
+        met = groups_by_label(present, lines_of(cells[present], axis, shape))
+        groups = seated(met, cells, number, n_peers, shape)
+        assert (groups.starts == met.starts).all()
+        moved = cells.copy()
+        moved[groups.members] = next_cells(cells[groups.members], number, groups.places, n_peers, shape)
+        for first, stop in zip(met.starts, met.starts[1:], strict=False):
+            line = {bytes(divmod(int(i), 256)): tuple(cells[i].tolist()) for i in met.members[first:stop]}
+            order = seating(line, number, n_peers, shape, b"r" * 16)
+            for place, name in enumerate(order):
+                peer = name[0] * 256 + name[1]
+                assert tuple(moved[peer].tolist()) == next_cell(line[name], number, place, n_peers, shape)
         cells = moved
 
 

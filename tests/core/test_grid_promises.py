@@ -77,6 +77,7 @@ def test_a_line_may_be_split_before_the_last_round_and_not_in_it(n_peers, shape)
         for axis, m in enumerate(shape):
             groups = policy.meet(everybody(n_peers), rng)
             if axis == split:
+                groups = groups_by_label(*rng.permutation(np.stack([groups.members, groups.group_of_member]), axis=1))
                 half = (groups.places >= m) & (groups.sizes[groups.group_of_member] >= 2 * m)
                 groups = groups_by_label(groups.members, groups.group_of_member * 2 + half)
             policy.mix(values, groups)

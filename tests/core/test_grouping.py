@@ -30,14 +30,26 @@ def who(i: int) -> PeerId:
 
 
 def compose(joined: Tickets, left_out: dict[PeerId, str] | None = None, seed: int = 1, **options: Any) -> Begin:
-    plan: dict[str, Any] = {"shape": (1,), "exact": True, "progress_s": 2.0, "payload_bytes": 64 << 20} | options
+    plan: dict[str, Any] = {
+        "shape": (1,),
+        "n_peers": 4,
+        "exact": True,
+        "progress_s": 2.0,
+        "payload_bytes": 64 << 20,
+    } | options
     (begin,) = compose_begins(tuple(joined.items()), left_out or {}, rng=random.Random(seed), **plan)
     return begin
 
 
 def cut(joined: Tickets, **options: Any) -> tuple[Begin, ...]:
     """Return the groups of a line that has swollen to more than groups of 4 bear."""
-    plan: dict[str, Any] = {"shape": (2, 2), "exact": True, "progress_s": 2.0, "payload_bytes": 64 << 20} | options
+    plan: dict[str, Any] = {
+        "shape": (2, 2),
+        "n_peers": 8,
+        "exact": True,
+        "progress_s": 2.0,
+        "payload_bytes": 64 << 20,
+    } | options
     return compose_begins(tuple(joined.items()), {}, rng=random.Random(1), group_size=4, **plan)
 
 
@@ -56,7 +68,8 @@ def test_a_line_that_has_swollen_is_cut_into_groups(n: int, sizes: list[int]) ->
     for begin in begins:
         assert begin.whole
         assert begin.parts == len(begins)
-        assert tuple(m.peer for m in begin.members) == seating([m.peer for m in begin.members], begin.round_id)
+        cells = {who(i): (i % 2, 0) for i in range(n) if who(i) in {m.peer for m in begin.members}}
+        assert tuple(m.peer for m in begin.members) == seating(cells, 0, 8, (2, 2), begin.round_id)
         assert PEERS.decode(PEERS.encode(begin)) == begin
 
 
@@ -145,7 +158,8 @@ def test_seats_are_drawn_by_the_round_id() -> None:
     joined = tickets(*(ticket(i) for i in range(8)))
     begins = [compose(joined, seed=seed) for seed in range(5)]
     for begin in begins:
-        assert tuple(m.peer for m in begin.members) == seating(joined, begin.round_id)
+        cells = {p: ticket.standing.cell for p, ticket in joined.items()}
+        assert tuple(m.peer for m in begin.members) == seating(cells, NUMBER, 4, (1,), begin.round_id)
     assert len({tuple(m.peer for m in begin.members) for begin in begins}) == 5
 
 

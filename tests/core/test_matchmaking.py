@@ -22,7 +22,9 @@ LIMITS = MatchLimits(window_s=5, settle_s=1, answer_s=1)
 SMALLER, LEADER, ME, FOLLOWER, IDLE = peer(0), peer(1), peer(5), peer(8), peer(9)
 STAMPS = {SMALLER: 0, LEADER: 10, ME: 50, FOLLOWER: 80, IDLE: 90}
 
-compose = partial(compose_begins, shape=(1,), exact=True, rng=random.Random(0), progress_s=2.0, payload_bytes=1 << 20)
+compose = partial(
+    compose_begins, shape=(1,), n_peers=8, exact=True, rng=random.Random(0), progress_s=2.0, payload_bytes=1 << 20
+)
 
 
 def fresh(line_size: int = 0) -> Matchmaker:
@@ -114,7 +116,7 @@ EFFECTS: dict[str, dict[State, State]] = {
     "declined, other terms": {JOINING: SEEKING, FOLLOWING: SEEKING},
     "disbanded for a smaller one": {SEEKING: JOINING, LEADING: JOINING, FOLLOWING: JOINING},
     "disbanded": {JOINING: SEEKING, FOLLOWING: SEEKING},
-    "the leader quits": {JOINING: SEEKING, FOLLOWING: SEEKING},
+    "the leader quits": {FOLLOWING: SEEKING},  # who was asked answers that; a Quit was said before
     "the follower quits": {LEADING: SEEKING},
     "the leader is gone": {JOINING: SEEKING, FOLLOWING: SEEKING},
     "the follower is gone": {LEADING: SEEKING},
@@ -180,6 +182,52 @@ def test_who_tells_us_of_itself_need_not_be_told() -> None:
     machine.on_ready(0.5, join(ME))
     machine.on_message(0.6, FOLLOWER, here(FOLLOWER))
     assert said(machine) == [(FOLLOWER, here(ME))]
+
+
+def test_who_asks_for_an_answer_is_told_that_we_are_here() -> None:
+    machine = fresh()
+    machine.on_message(0.0, FOLLOWER, replace(here(FOLLOWER, ready=False), answer=True))
+    assert said(machine) == [(FOLLOWER, here(ME, ready=False))]
+    machine.on_message(0.1, FOLLOWER, here(FOLLOWER, ready=False))
+    assert said(machine) == []
+
+
+def test_a_greeting_says_that_we_lead_only_if_we_may() -> None:
+    machine = fresh()
+    assert machine.greeting() == replace(here(ME, ready=False), answer=True)
+    machine.on_ready(0.5, join(ME))
+    assert machine.greeting() == replace(here(ME), answer=True)
+    machine.on_message(0.6, LEADER, here(LEADER))
+    assert machine.leader == LEADER
+    assert machine.greeting() == replace(here(ME, ready=False), answer=True)
+
+
+def test_until_it_is_ready_a_quiet_peer_tells_nobody_for_a_while() -> None:
+    def quiet() -> Matchmaker:
+        machine = Matchmaker(ME, SLOT, RUN, NUMBER, compose, LIMITS, n_phases=2, quiet_until=1.0)
+        sighted(machine, 0.0, FOLLOWER)
+        assert said(machine) == []
+        return machine
+
+    machine = quiet()
+    machine.on_tick(1.0)
+    assert said(machine) == [(FOLLOWER, here(ME, ready=False))]
+    machine = quiet()
+    machine.on_ready(0.5, join(ME))
+    assert said(machine) == [(FOLLOWER, here(ME))]
+    machine = quiet()
+    machine.on_message(0.4, LEADER, here(LEADER))
+    machine.on_ready(0.5, join(ME))
+    assert said(machine) == [(LEADER, join(ME))]  # whom it follows counts it
+
+
+def test_a_leader_goes_by_what_is_known_of_its_line_by_now() -> None:
+    machine = fresh(line_size=3)
+    machine.on_ready(0.0, join(ME))
+    machine.on_message(0.1, FOLLOWER, join(FOLLOWER))
+    assert machine.state is LEADING
+    machine.on_line(0.2, 2, 2)
+    assert machine.state is BEGUN
 
 
 def test_who_has_a_leader_invites_nobody() -> None:

@@ -792,6 +792,69 @@ async def test_after_a_failed_round_a_peer_keeps_its_old_cell_and_goes_on_with_t
         await sleep(0.5)  # its line may have one more member than it is made for: first let them see each other
 
 
+async def test_a_grid_at_rest_looks_for_nobody_and_makes_no_new_links(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    n_lookups = 0
+
+    def look_up_s() -> float:
+        nonlocal n_lookups
+        n_lookups += 1
+        return 0.01
+
+    swarm = Swarm(nursery, delay_s=lambda: 0.001, look_up_s=look_up_s)
+    members = await settled(swarm, 8, terms(4))  # two in each of four cells
+    for _ in range(4):
+        assert all(isinstance(verdict, Begun) for verdict in await all_ask(members))
+    cells, links = [member.lobby.cell for member in members], [member.daemon.peers.links() for member in members]
+    assert [len(known) for known in links[1:]] < [7] * 7  # only the one that wrote the shape has called everybody
+    n_lookups, began = 0, trio.current_time()
+    for _ in range(10):
+        verdicts = await all_ask(members)
+        assert [len(group(verdict)) for verdict in verdicts] == [4] * 8
+    assert trio.current_time() - began < 0.5  # nobody waits for a timer
+    assert n_lookups == 0
+    assert [member.lobby.cell for member in members] == cells
+    assert [member.daemon.peers.links() for member in members] == links
+
+
+async def test_whoever_comes_when_its_line_has_gone_on_does_not_wait_for_it(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    members = await settled(Swarm(nursery), 8, terms(4))
+    for _ in range(4):
+        await all_ask(members)
+    late, others = members[0], members[1:]
+    number = late.lobby.number
+    assert all(isinstance(verdict, Begun) for verdict in await all_ask(others))
+    began = trio.current_time()
+    verdict = await late.ask()
+    assert isinstance(verdict, Alone)
+    assert verdict.reason == "the round of its line began without it"
+    assert trio.current_time() - began < 0.5
+    assert late.lobby.number == number + 1
+    assert all(isinstance(verdict, Begun) for verdict in await all_ask(members))
+
+
+async def test_a_mate_that_does_not_come_costs_the_certificate_and_little_time(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    members = await settled(Swarm(nursery), 8, terms(4))
+    for _ in range(4):
+        verdicts = await all_ask(members)
+    assert members[0].lobby.number == 4  # the next round is the first one of a cycle
+    idle, others = members[0], members[1:]
+    began = trio.current_time()
+    verdicts = await all_ask(others)
+    begins = [verdict.begin for verdict in verdicts if isinstance(verdict, Begun)]
+    assert len(begins) == len(others)
+    short = [begin for begin in begins if len(begin.members) == 3]
+    assert all(begin.whole for begin in begins if begin not in short)
+    assert len(short) == 3
+    assert all(idle.own in begin.left_out and not begin.whole for begin in short)
+    assert trio.current_time() - began < WINDOW_S + 0.5
+
+
 async def test_a_lookup_where_we_stood_does_not_keep_us_from_looking_where_we_stand(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
@@ -882,21 +945,23 @@ async def test_in_one_line_every_round_begins_a_cycle(nursery: trio.Nursery, aut
     assert [group(verdict) for verdict in await all_ask(members)] == [ids(members)] * 3
 
 
-async def test_whoever_hurries_through_slots_is_announced_where_it_ends_and_nowhere_else(
+async def test_whoever_hurries_through_slots_is_announced_in_those_of_the_cell_where_it_ends_and_nowhere_else(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
     swarm = Swarm(nursery, look_up_s=lambda: 0.1)
     members = await settled(swarm, 9, terms(3))
     lobby = members[0].lobby
-    for after_s in (0.05, 0, 0.15, 0, 0.05):  # in the middle of announcements, and before any
-        lobby.number += 1
-        lobby.start_cycle()
+    for step, after_s in enumerate((0.05, 0, 0.15, 0, 0.05)):  # in the middle of announcements, and before any
+        lobby._go_to(lobby.number + 1, (step % 2, 1 - step % 2))
         await sleep(after_s)
     await sleep(2)
     rendezvous = members[0].daemon.rendezvous
     places = [RECORDS.decode(record.value) for record in rendezvous._records.values()]
     stands = [place for place in places if isinstance(place, Place) and place.cell]
-    assert [(place.number, place.cell) for place in stands] == [(lobby.number, lobby.cell)]
+    assert {place.cell for place in stands} == {lobby.cell}
+    assert lobby.record is not None
+    slots = {slot(RUN, lobby.record, phase, line_of(lobby.cell, phase)) for phase in range(2)}
+    assert lobby._roster._stands.keys() <= slots
 
 
 # ------------------------------------------------------------------------------------------------------- cancellation
@@ -1084,7 +1149,10 @@ async def test_whoever_waits_where_the_others_have_left_follows_them_and_knows_w
         link.send(Quit(there))
         link.send(here)
         await sleep(0.1)
-        assert (one.lobby.record.epoch, one.lobby._early) == (1, {other.own: here})  # it has to read the record first
+        assert (one.lobby.record.epoch, one.lobby._company._heard) == (
+            1,
+            {other.own: here},
+        )  # it has to read the record
         one.lobby.shaping.successor = successor
         await sleep(0.5)
         assert one.lobby.record == successor
@@ -1102,15 +1170,15 @@ async def test_whoever_says_where_it_stands_and_leaves_before_we_come_is_not_wai
     link.send(Here(RUN, b"?" * 20, 0, ready=True, stamp=1, epoch=7))
     link.send(Quit(b"?" * 20))
     await sleep(0.1)
-    assert not one.lobby._early
+    assert not one.lobby._company._heard
     link.send(Here(RUN, b"?" * 20, 0, ready=True, stamp=1, epoch=7))
     await sleep(0.1)
     link.send(Quit(b"!" * 20))
     await sleep(0.1)
-    assert set(one.lobby._early) == {other.own}
+    assert set(one.lobby._company._heard) == {other.own}
     other.die()
     await sleep(0.1)
-    assert not one.lobby._early
+    assert not one.lobby._company._heard
 
 
 async def test_a_begin_that_comes_too_late_is_refused(nursery: trio.Nursery, autojump_clock: MockClock) -> None:

@@ -9,7 +9,7 @@ from trio.testing import MockClock
 
 from mpd.config import RoundLimits
 from mpd.daemon.rendezvous import MemoryBoard, MemoryRendezvous
-from mpd.daemon.roster import Roster
+from mpd.daemon.roster import RESTATE_S, Roster
 from mpd.grid import (
     Cell,
     ShapeRecord,
@@ -190,6 +190,7 @@ async def test_a_rank_that_comes_late_joins_the_round_of_its_line(autojump_clock
     for index in (1, 2):
         await table.stand(index, record, 1, cell)
     assert await table.rosters[0].first_place(record) == (cell, 0)  # in the first cycle our line waits for us
+    await trio.sleep(RESTATE_S)
     for index in (1, 2):
         await table.stand(index, record, 7, cell)
     assert await table.rosters[0].first_place(record) == (cell, 7)
@@ -220,22 +221,28 @@ async def test_in_one_line_nobody_goes_by_numbers(autojump_clock: MockClock) -> 
     assert await table.rosters[0].first_place(record) == ((0,), 0)
 
 
-async def test_a_peer_stands_in_one_slot_and_standing_still_is_free(autojump_clock: MockClock) -> None:
+async def test_a_peer_stands_in_the_slots_of_its_cell_and_standing_still_is_free(autojump_clock: MockClock) -> None:
     table = Table(2)
     roster, reader = table.rosters[0], table.rosters[1]
-    first, second = b"1" * 20, b"2" * 20
+    first, second, third = b"1" * 20, b"2" * 20, b"3" * 20
     await roster.stand(first, HERE, 0, (0, 0))
     (before,) = await table.rendezvous[0].seek(first)
     await roster.stand(first, HERE, 0, (0, 0))
-    assert (await table.rendezvous[0].seek(first)) == (before,)
-    await roster.stand(first, HERE, 2, (0, 0))
-    assert [seen.place.number for seen in await reader.look(first)] == [2]
-    await roster.stand(second, HERE, 3, (0, 1))
-    assert await reader.look(first) == []
-    assert [seen.place.cell for seen in await reader.look(second)] == [(0, 1)]
-    assert await roster.look(second) == []  # oneself is nobody else
-    await roster.withdraw()
+    await roster.stand(second, HERE, 1, (0, 0), {first, second})
+    await roster.stand(first, HERE, 2, (0, 0), {first, second})
+    assert (await table.rendezvous[0].seek(first)) == (before,)  # who comes there will hear the number from us
+    await trio.sleep(RESTATE_S)
+    await roster.stand(first, HERE, 4, (0, 0), {first, second})
+    assert [seen.place.number for seen in await reader.look(first)] == [4]
+    assert [seen.place.number for seen in await reader.look(second)] == [1]
+    await roster.stand(third, HERE, 5, (0, 1), {first, third})
     assert await reader.look(second) == []
+    await roster.stand(third, HERE, 5, (0, 1))
+    assert await reader.look(first) == []
+    assert [seen.place.cell for seen in await reader.look(third)] == [(0, 1)]
+    assert await roster.look(third) == []  # oneself is nobody else
+    await roster.withdraw()
+    assert await reader.look(third) == []
 
 
 async def test_who_stands_nowhere_is_still_on_the_roster() -> None:

@@ -210,6 +210,7 @@ def _compose(members: tuple[tuple[PeerId, Join], ...], left_out: dict[PeerId, st
         members,
         left_out,
         shape=(4,),
+        n_peers=6,
         exact=True,
         rng=random.Random(7),
         progress_s=2.0,

@@ -69,7 +69,13 @@ class SlotSim:
         self._order = itertools.count()
         self._arrives: dict[tuple[int, int], float] = {}
         compose = partial(
-            compose_begins, shape=(1,), exact=True, rng=random.Random(seed), progress_s=2.0, payload_bytes=1 << 20
+            compose_begins,
+            shape=(1,),
+            n_peers=n,
+            exact=True,
+            rng=random.Random(seed),
+            progress_s=2.0,
+            payload_bytes=1 << 20,
         )
         self.machines = [Matchmaker(peer(i), SLOT, RUN, NUMBER, compose, LIMITS, line_size) for i in range(n)]
 
