@@ -19,14 +19,13 @@ import trio
 from mpd.config import RoundLimits
 from mpd.deadlines import Pace
 from mpd.errors import PeerError
-from mpd.grid import MAX_ROSTER, Cell, Line, ShapeRecord, axis_of, fit, line_of, next_cell, slot, table
+from mpd.grid import Cell, ShapeRecord, axis_of, fit, line_of, next_cell, slot
 from mpd.grouping import check_weights, compose_begins
 from mpd.ids import Endpoint, PeerId, RoundId, peer_id, show_peer
 from mpd.layout import Terms
 from mpd.mass import Standing
 from mpd.matchmaking import Alone, Begun, Matchmaker, Sighting, State
-from mpd.messages import MAX_COLLECTED, MAX_ROUND_S, Begin, Declined, Here, Join, Joined, Quit, RunTerms
-from mpd.roll import MatchLimits
+from mpd.messages import MAX_ROUND_S, Begin, Declined, Here, Join, Joined, Quit, RunTerms
 from mpd.schedule import MAX_STACKED_VECTORS, MIN_CHUNK_BYTES
 
 from . import faults
@@ -38,8 +37,9 @@ from .links import Link
 from .peers import Peers
 from .rendezvous import Rendezvous
 from .roster import Roster, Seen
-from .shaping import MAX_LATE_S, RESYNC_S, Shaping
+from .shaping import Shaping
 from .strangers import Strangers
+from .waits import Waits
 
 _POLL_S = 0.15  # while a shape is awaited
 _MATCH_POLL_S = 0.3  # while company is awaited
@@ -105,6 +105,7 @@ class Lobby:
         self._roster.is_live = self._contacts.is_live
         self._strangers = Strangers(run, terms, self._contacts)
         self.shaping = Shaping(terms, self._roster, self._contacts)
+        self._waits = Waits(terms, self.pace, self._roster, self.shaping)
         self._post: _Post | None = None
         self._begun: _Post | None = None  # the slot of the group that began last
         self._phases_at = float("-inf")  # when we last looked where most of our lines is
@@ -117,7 +118,6 @@ class Lobby:
         self._looking = trio.CancelScope()  # for others in our slot; ends when we stand in another one
         self._changed = trio.Event()
         self._wanted = 0
-        self._uneven_until = -1  # the round until which lines may be larger than the grid expects
         self._is_aside = False
         self._stood: _Post | None = None  # where we stood before we stepped aside
 
@@ -341,11 +341,8 @@ class Lobby:
         record, d, now = self.record, len(self.shape), trio.current_time()
         if record is None or d == 1 or self.terms.rounds == "exact" or now - self._phases_at < _IDLE_POLL_S:
             return
-        axis = axis_of(post.number, record.shape)
-        if (
-            2 * max(1 + len(post.company), self._known_size(post))
-            > self._expected(record, axis, line_of(self.cell, axis))[1]
-        ):
+        most = self._waits.expected(record, post.number, self.cell)[1]
+        if 2 * max(1 + len(post.company), self._known_size(post)) > most:
             return  # here is most of it
         self._phases_at = now
         lines = await self._roster.lines(record, self.cell)
@@ -471,7 +468,11 @@ class Lobby:
                 machine.cancel(now, "nobody else has announced this run")
             else:
                 ticket = self._ticket(post, standing(self.cell), max(0.001, deadline - now))
-                machine.on_ready(now, ticket, *self._patience(post))
+                # On a grid that has come apart nobody knows how many a line has, but for those who have met there.
+                n_known = self._known_size(post)
+                line = self._waits.line(record, post.number, self.cell, n_known) if self._waits.is_apart else None
+                limits = self._waits.limits(post.number, len(record.shape), post.company)
+                machine.on_ready(now, ticket, limits, line if len(record.shape) > 1 else None)
                 if machine.state is State.SEEKING:
                     self._greet_mates(post)
             self._pump(post)
@@ -511,8 +512,7 @@ class Lobby:
         """Return whether most of our line has said that it is not here, and nobody that it is: they have gone on."""
         if len(self.shape) == 1 or self.record is None or self._is_accompanied(post):
             return False
-        axis = axis_of(post.number, self.record.shape)
-        return 2 * len(post.quitters) > self._expected(self.record, axis, line_of(self.cell, axis))[1]
+        return 2 * len(post.quitters) > self._waits.expected(self.record, post.number, self.cell)[1]
 
     def _take_back(self, post: _Post) -> None:
         """The trainer does not want this any more."""
@@ -592,7 +592,7 @@ class Lobby:
                     post.company.add(peer)
             self._stand(silent=frozenset(begin.left_out), together=frozenset(member.peer for member in begin.members))
         else:
-            self._note_size(self.record, begin)
+            self._waits.note_size(self.record, begin, self.cell)
             others = {peer_id(member.peer): seat for seat, member in enumerate(begin.members) if seat != place}
             self._company.began(post.slot, begin.number, others)
             n_peers, shape = self.record.n_peers, self.record.shape
@@ -641,12 +641,11 @@ class Lobby:
         key = slot(self.run, record, axis, line)
         line_low, d = line_size, len(record.shape)
         if line_size is None:
-            line_low, line_size = self._expected(record, axis, line)
+            line_low, line_size = self._waits.expected(record, self.number, self.cell)
         self._company.dwell([slot(self.run, record, phase, line_of(self.cell, phase)) for phase in range(d)])
         for peer in mates:
             self._company.expect(peer, key)
-        window = self.pace.window
-        limits = MatchLimits(window_s=window.first_s, alone_s=window.first_s, leader_s=window.cap_s + MAX_LATE_S)
+        limits = self._waits.first_limits()
         greets_at = trio.current_time() + _QUIET_S if self._company.has_met(key) else -math.inf
         machine = Matchmaker(
             self.own, key, self.run, self.number, self._compose, limits, line_size, line_low, record.epoch, d, greets_at
@@ -679,22 +678,6 @@ class Lobby:
         post.matchmaker.on_tick(trio.current_time())
         self._pump(post)
 
-    def _expected(self, record: ShapeRecord, axis: int, line: Line) -> tuple[int, int]:
-        """Return how many peers our line should have at least, and at most.
-
-        While a run grows or shrinks that is not what its grid was made for.
-        """
-        if len(record.shape) == 1:
-            return 0, 0  # nobody leaves it, so all are known
-        n_peers = len(self._roster.others) + 1  # if all of them can be seen
-        n_peers = max(record.n_peers, n_peers) if n_peers > MAX_ROSTER else n_peers
-        expected = math.ceil(table(record.n_peers, record.shape).expected(axis, line) * n_peers / record.n_peers)
-        if not self.shaping.counted:
-            return expected, expected
-        n_lines = math.prod(record.shape) // record.shape[axis]
-        most = expected + 1 if self.number <= self._uneven_until else expected
-        return min(expected, max(self.shaping.counted, n_peers) // n_lines), most
-
     def _known_size(self, post: _Post) -> int:
         """Return how many of our line were here in its last round, or are now; 0 if we have not been in one yet.
 
@@ -709,51 +692,10 @@ class Lobby:
         return bool(post.company) or any(map(self._contacts.is_linked, post.pending))
 
     def _update_line(self, post: _Post) -> None:
-        """Somebody has answered, or has gone: tell the machine how many we are."""
-        if self.record is not None and (size := self._known_size(post)):
-            axis = axis_of(post.number, self.record.shape)
-            _, most = self._expected(self.record, axis, line_of(self.cell, axis))
-            is_apart = self.terms.rounds == "exact" and not self.shaping.is_settled
-            # Where fewer are known than the grid expects, one who has moved may be on its way.
-            post.matchmaker.on_line(trio.current_time(), size, MAX_COLLECTED if is_apart else max(size, most))
-
-    def _note_size(self, record: ShapeRecord, begin: Begin) -> None:
-        """Watch for lines that are larger than the grid expects.
-
-        Whoever has come back in another cell moves one member from line to line, until two such moves cancel each
-        other. Until we have seen none for a cycle, any line may have one more.
-        """
-        axis = axis_of(begin.number, record.shape)
-        expected = table(record.n_peers, record.shape).expected(axis, line_of(self.cell, axis))
-        if len(begin.members) + len(begin.left_out) > expected:
-            self._uneven_until = begin.number + len(record.shape)
-
-    def _patience(self, post: _Post) -> tuple[MatchLimits, tuple[int, int] | None]:
-        """Return how long to wait for whom, as far as it is known by the time our trainer asks."""
-        window = self.pace.window
-        limits = MatchLimits(
-            window_s=self.pace.window_s(post.company), alone_s=window.first_s, leader_s=window.cap_s + MAX_LATE_S
-        )
-        d, phase = len(self.shape), post.number % len(self.shape)
-        if self.terms.rounds != "exact" or d == 1:
-            return limits, None
-        # Whoever had to wait for somebody in the rounds of this cycle before is later by as much.
-        late_s = min(phase * limits.settle_s, MAX_LATE_S)
-        limits = replace(
-            limits,
-            window_s=limits.window_s + late_s,
-            settle_s=limits.settle_s + late_s,
-            quick_s=limits.quick_s * (1 + phase),
-        )
-        if self.shaping.is_settled:
-            return limits, None
-        # The swarm has come apart: lines are of any size, and parts of it go round one after the other. If all lines
-        # take the same time, whatever their size, and somewhat more where cycles begin, the parts catch each other.
-        quick_s = RESYNC_S * (1 if phase else d - 1)
-        # Whom they know to be on its way they wait for twice as long.
-        window_s = limits.window_s + quick_s
-        limits = replace(limits, quick_s=quick_s, settle_s=2 * RESYNC_S, window_s=window_s, alone_s=2 * quick_s)
-        return limits, (self._known_size(post), MAX_COLLECTED)
+        """Somebody has answered, has come or has gone: tell the machine how many are to be waited for."""
+        if self.record is not None and (n_known := self._known_size(post)):
+            line = self._waits.line(self.record, post.number, self.cell, n_known)
+            post.matchmaker.on_line(trio.current_time(), *line)
 
     def _compose(self, members: tuple[tuple[PeerId, Join], ...], left_out: dict[PeerId, str]) -> tuple[Begin, ...]:
         assert self.record is not None

@@ -23,8 +23,6 @@ from mpd.layout import Terms
 from .contacts import Contacts
 from .roster import Roster
 
-MAX_LATE_S = 5.0  # by how much peers may be later because they had to wait in the rounds before
-RESYNC_S = 0.4  # how long a line waits for newcomers in a swarm that has come apart
 _NEARLY = 0.9
 _NEWS_S = 0.6  # how long a cycle may wait for a record that others have read; its line waits for us for a second
 _LATE_S = 1.0  # how long a line waits for its members in the midst of a cycle when others have gone over

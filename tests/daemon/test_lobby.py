@@ -880,7 +880,9 @@ async def test_who_has_seen_a_line_that_is_too_long_expects_one_more_everywhere_
         """By how much more than the grid says this one expects where it stands."""
         axis = axis_of(member.lobby.number, record.shape)
         line = line_of(member.lobby.cell, axis)
-        return member.lobby._expected(record, axis, line)[1] - sizes.expected(axis, line)
+        return member.lobby._waits.expected(record, member.lobby.number, member.lobby.cell)[1] - sizes.expected(
+            axis, line
+        )
 
     short, long = sorted(((0,), (1,)), key=lambda line: sizes.expected(0, line))
     mover = next(member for member in members if line_of(member.lobby.cell, 0) == long)
@@ -915,8 +917,8 @@ async def test_in_later_rounds_of_a_cycle_lines_wait_for_those_that_earlier_ones
     (member, *_) = await settled(Swarm(nursery), 9, terms(4, "exact"))
     post = member.lobby._post
     assert post is not None
-    first, _ = member.lobby._patience(replace(post, number=0))
-    second, _ = member.lobby._patience(replace(post, number=1))
+    first = member.lobby._waits.limits(0, 2, post.company)
+    second = member.lobby._waits.limits(1, 2, post.company)
     assert second.quick_s == 2 * first.quick_s
     assert second.settle_s == 2 * first.settle_s
     assert second.window_s == first.window_s + first.settle_s
