@@ -20,7 +20,7 @@ class Company:
         self._is_linked = is_linked
         self._mates: dict[bytes, set[PeerId]] = {}
         self._last: dict[bytes, int] = {}  # the last round that has begun in a slot since we came to its line
-        self._is_foreseen = False
+        self.is_foreseen = False  # the roster of a new shape has named them, and we have not moved since
         self._heard: dict[PeerId, Here] = {}
         self.sought: dict[bytes, float] = {}  # when the rendezvous was last asked who is there
 
@@ -31,7 +31,7 @@ class Company:
 
     def dwell(self, slots: Collection[bytes]) -> None:
         """We are in the cell with these slots now. Who was met in others is forgotten."""
-        self._is_foreseen &= set(slots) == self._mates.keys()
+        self.is_foreseen &= set(slots) == self._mates.keys()
         self._mates = {slot: self._mates.get(slot, set()) for slot in slots}
         self._last = {slot: number for slot, number in self._last.items() if slot in self._mates}
         self.sought = {slot: when for slot, when in self.sought.items() if slot in self._mates}
@@ -42,11 +42,11 @@ class Company:
 
     def has_met(self, slot: bytes) -> bool:
         """Return whether the mates in `slot` are known: by a round that has begun there since we came to its line."""
-        return slot in self._last or (self._is_foreseen and slot in self._mates)
+        return slot in self._last or (self.is_foreseen and slot in self._mates)
 
     def foresee(self) -> None:
         """Who will be in our lines is known from the roster of a new shape, until we move."""
-        self._is_foreseen = True
+        self.is_foreseen = True
 
     def expect(self, peer: PeerId, slot: bytes) -> None:
         """`peer` will stand in `slot`, as far as is known."""

@@ -681,11 +681,13 @@ class Lobby:
     def _known_size(self, post: _Post) -> int:
         """Return how many of our line were here in its last round, or are now; 0 if we have not been in one yet.
 
-        Those who have not answered count if they are linked: they are late, or their trainers do something else.
+        Those who have not answered count if they are linked: they are late, or their trainers do something else. In a
+        new shape all count whom its roster names, as long as nothing speaks against it.
         """
         if len(self.shape) == 1 or not self._company.has_met(post.slot):
             return 0
-        return 1 + len(post.company) + sum(map(self._contacts.is_linked, post.pending))
+        is_foreseen, is_linked = self._company.is_foreseen, self._contacts.is_linked
+        return 1 + len(post.company) + sum(is_foreseen or is_linked(peer) for peer in post.pending)
 
     def _is_accompanied(self, post: _Post) -> bool:
         """Return whether anybody is known to be in our line, or to come there."""
