@@ -658,10 +658,11 @@ class Lobby:
             self._look_elsewhere()
         for peer, here in self._company.take(key):
             self._hear(post, peer, here)
-        post.pending.update(peer for peer in self._company.mates(key) if peer not in post.company)
-        self._update_line(post)
-        if not self._company.has_met(key):
-            self._greet_mates(post)
+        if d > 1:
+            post.pending.update(peer for peer in self._company.mates(key) if peer not in post.company)
+            self._update_line(post)
+            if not self._company.has_met(key):
+                self._greet_mates(post)
         self._pump(post)
 
     def _greet(self, post: _Post, peer: PeerId) -> None:

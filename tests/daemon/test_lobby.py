@@ -836,6 +836,21 @@ async def test_whoever_comes_when_its_line_has_gone_on_does_not_wait_for_it(
     assert all(isinstance(verdict, Begun) for verdict in await all_ask(members))
 
 
+async def test_on_a_single_line_a_late_word_makes_nobody_expected_in_the_next_rounds(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    one, other = await settled(Swarm(nursery), 2)
+    await all_ask([one, other])
+    link, begun = other.daemon.peers.get(one.own), one.lobby._begun
+    assert link is not None
+    assert begun is not None
+    link.send(Here(RUN, begun.slot, begun.number, ready=False, stamp=0))
+    await sleep(0.1)
+    one.lobby._stand()
+    assert one.lobby._post is not None
+    assert not one.lobby._post.pending
+
+
 async def test_a_mate_that_does_not_come_costs_the_certificate_and_little_time(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
